@@ -1,0 +1,181 @@
+"""What is run: tasks, editions of the paper, profiles (how much of it), and where a run's files lie."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flowlib import data
+from flowlib.operators import Blur, Denoising, Inpainting
+
+
+@dataclass(frozen=True)
+class Edition:
+    """A protocol: number of folds K and numbers of images. held_out: size of each of the validation and test pools that
+    no training ever sees; larger than v1 needs, so that v1's test images are among v2's."""
+
+    num_folds: int
+    train: int
+    val: int
+    test: int
+    held_out: int
+
+
+EDITIONS = {
+    "v1": Edition(num_folds=5, train=992, val=200, test=200, held_out=500),
+    # The paper's 23,000/1,500/1,500 scaled to the first 10,000 images of CelebA.
+    "v2": Edition(num_folds=4, train=9000, val=500, test=500, held_out=500),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A column of Table I: the operator, and what the paper calls it."""
+
+    name: str
+    setting: str
+    operator: type
+    parameters: dict
+
+    def make_operator(self, image_size):
+        extra = {"image_size": image_size} if self.operator is Inpainting else {}
+        return self.operator(**self.parameters, **extra)
+
+
+TASKS = {
+    "denoising": Task("denoising", "sigma_n=0.2", Denoising, dict(sigma=0.2)),
+    "denoising-0.1": Task("denoising", "sigma_n=0.1", Denoising, dict(sigma=0.1)),
+    "inpainting": Task("inpainting", "W=19", Inpainting, dict(mask_size=19)),
+    "deblurring": Task("deblurring", "sigma_b=5", Blur, dict(sigma_b=5.0)),
+}
+# glow-noisy: the flow pre-trained on images with added noise, our extension (see book/choices.md).
+PROX_LABELS = {
+    "resnet": "ResNet prox",
+    "unet": "U-Net prox",
+    "glow": "GLOW prox",
+    "glow-noisy": "GLOW prox (noise-augmented pre-training)",
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of one training. lr: of the networks; scalar_lr: of μ and λ; the rate rises over warmup_steps and, with
+    cosine, falls to zero at num_steps; patience: validations without improvement before it stops."""
+
+    num_steps: int
+    batch_size: int
+    lr: float
+    scalar_lr: float = 1e-2
+    warmup_steps: int = 50
+    cosine: bool = True
+    clip_norm: float = 1.0
+    validate_every: int = 100
+    val_images: int = 200
+    patience: int = 10
+    bf16: bool = True
+    checkpoint_minutes: float = 5
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is done: sizes of the networks and of the trainings, keyed by prox; images: overrides of the edition's."""
+
+    name: str
+    flow: dict
+    unet: dict
+    resnet: dict
+    pretraining: Training
+    noisy_pretraining: Training
+    unfolding: dict[str, Training]
+    images: dict = field(default_factory=dict)
+
+
+PROFILES = {
+    "smoke": Profile(
+        name="smoke",
+        flow=dict(num_levels=2, num_steps=1, hidden_channels=8),
+        unet=dict(width=2),
+        resnet=dict(width=4, num_blocks=1),
+        pretraining=Training(num_steps=4, batch_size=8, lr=1e-3, validate_every=2, bf16=False),
+        noisy_pretraining=Training(num_steps=2, batch_size=8, lr=1e-3, validate_every=2, bf16=False),
+        unfolding={
+            prox: Training(num_steps=4, batch_size=4, lr=1e-3, validate_every=2, bf16=False)
+            for prox in ("glow", "unet", "resnet")
+        },
+        images=dict(train=16, val=8, test=8, held_out=8),
+    ),
+    "demo": Profile(
+        name="demo",
+        flow=dict(num_levels=3, num_steps=4, hidden_channels=64, last_level_steps=4),
+        unet=dict(width=8),
+        resnet=dict(width=32),
+        pretraining=Training(num_steps=500, batch_size=16, lr=1e-3),
+        noisy_pretraining=Training(num_steps=150, batch_size=16, lr=1e-3),
+        unfolding={
+            "glow": Training(num_steps=100, batch_size=8, lr=5e-4, validate_every=50, warmup_steps=20),
+            "unet": Training(num_steps=150, batch_size=8, lr=2e-3, validate_every=50, warmup_steps=20),
+            "resnet": Training(num_steps=100, batch_size=8, lr=2e-3, validate_every=50, warmup_steps=20),
+        },
+        images=dict(train=1024, val=64, test=64, held_out=64),
+    ),
+    "cpu": Profile(
+        name="cpu",
+        flow=dict(num_levels=3, num_steps=8, hidden_channels=128, last_level_steps=8),
+        unet=dict(width=32),
+        resnet=dict(width=64),
+        pretraining=Training(num_steps=3800, batch_size=32, lr=1e-3, validate_every=200),
+        noisy_pretraining=Training(num_steps=1000, batch_size=32, lr=5e-4, validate_every=200),
+        unfolding={
+            "glow": Training(num_steps=540, batch_size=8, lr=3e-4, validate_every=90),
+            "unet": Training(num_steps=1500, batch_size=8, lr=1e-3, validate_every=150),
+            "resnet": Training(num_steps=1500, batch_size=8, lr=1e-3, validate_every=150),
+        },
+    ),
+    "paper": Profile(
+        name="paper",
+        flow=dict(num_levels=4, num_steps=18, hidden_channels=512),
+        unet=dict(width=64),
+        resnet=dict(width=128),
+        pretraining=Training(num_steps=200_000, batch_size=32, lr=1e-4, cosine=False, validate_every=1000),
+        noisy_pretraining=Training(num_steps=50_000, batch_size=32, lr=1e-4, cosine=False, validate_every=1000),
+        unfolding={
+            prox: Training(num_steps=100_000, batch_size=8, lr=1e-5, cosine=False, validate_every=500, bf16=False)
+            for prox in ("glow", "unet", "resnet")
+        },
+    ),
+}
+
+
+def choose(table, key, what):
+    """table[key], or a ValueError that names the choices."""
+    if key not in table:
+        raise ValueError(f"unknown {what} {key!r}; choose one of: {', '.join(table)}")
+    return table[key]
+
+
+class Experiment:
+    """One profile, data set, edition and seed: its settings, its images and where its files lie under build/."""
+
+    def __init__(self, profile="demo", dataset="synthetic", edition="v2", seed=0, build="build"):
+        self.profile = choose(PROFILES, profile, "profile")
+        self.edition = choose(EDITIONS, edition, "edition")
+        self.names = dict(profile=profile, dataset=dataset, edition=edition, seed=seed)
+        self.dataset, self.seed, self.build = dataset, seed, Path(build)
+        self.runs = self.build / "runs" / f"{profile}-{dataset}-{edition}-s{seed}"
+        sizes = {k: getattr(self.edition, k) for k in ("train", "val", "test", "held_out")}
+        self.split_sizes = sizes | self.profile.images
+
+    def images(self):
+        """The prepared ImageSet of this data set."""
+        return data.load(self.build / "data" / self.dataset)
+
+    def split(self, part, images=None):
+        """uint8 images (N, H, W, 3) of one part: "pretrain", "train", "val" or "test"."""
+        images = images or self.images()
+        return images.images[data.split_indices(len(images), **self.split_sizes)[part]]
+
+    def flow_directory(self, noisy=False):
+        return self.runs / ("flow-noisy" if noisy else "flow")
+
+    def directory(self, task, prox):
+        choose(TASKS, task, "task")
+        choose(PROX_LABELS, prox, "prox")
+        return self.runs / f"{task}-{prox}"

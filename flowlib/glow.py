@@ -1,0 +1,145 @@
+"""Glow (Kingma & Dhariwal 2018): the normalizing flow that serves as the image prior."""
+
+import math
+
+import torch
+from torch import nn
+
+from flowlib.layers import FlowStep, Split, Squeeze
+
+
+class Glow(nn.Module):
+    """Multi-scale flow f between images x (B, in_channels, H, W) and latents z ~ N(0, I), equations (4)-(6).
+
+    Each of the num_levels levels squeezes, applies num_steps flow steps and, but for the last, splits half of
+    the channels off as a latent. The last level has last_level_steps steps (one, as the reference code builds
+    it: with num_levels 4, num_steps 18 and 512 hidden channels that gives the paper's 25.77 M parameters).
+    scale: the coupling's scale rule, "tanh" | "sigmoid" | "exp", see AffineCoupling.
+
+    Raises ValueError where x is not (B, in_channels, H, W) with H and W divisible by 2^num_levels."""
+
+    def __init__(self, in_channels=3, num_levels=4, num_steps=18, hidden_channels=512, last_level_steps=1, scale="tanh"):
+        super().__init__()
+        self.config = dict(
+            in_channels=in_channels,
+            num_levels=num_levels,
+            num_steps=num_steps,
+            hidden_channels=hidden_channels,
+            last_level_steps=last_level_steps,
+            scale=scale,
+        )
+        self.squeeze, self.split = Squeeze(), Split()
+        self.levels = nn.ModuleList()
+        channels = in_channels
+        for level in range(num_levels):
+            channels *= 4
+            steps = num_steps if level < num_levels - 1 else last_level_steps
+            self.levels.append(nn.ModuleList(FlowStep(channels, hidden_channels, scale) for _ in range(steps)))
+            channels //= 2
+        self.to(memory_format=torch.channels_last)
+
+    def latent_shapes(self, image_size):
+        """Shapes (C, H, W) of the latents of an image of size image_size (one number, or (H, W))."""
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        channels, num_levels = self.config["in_channels"], self.config["num_levels"]
+        if height % 2**num_levels or width % 2**num_levels:
+            raise ValueError(
+                f"height {height} and width {width} must both be divisible by 2^num_levels = {2**num_levels}: "
+                "crop or pad the image, or build a Glow with fewer levels"
+            )
+        shapes = []
+        for level in range(1, num_levels + 1):
+            channels = channels * 4 if level == num_levels else channels * 2
+            shapes.append((channels, height // 2**level, width // 2**level))
+        return shapes
+
+    def _check(self, x):
+        if x.ndim != 4 or x.shape[1] != self.config["in_channels"]:
+            raise ValueError(f"expected images (B, {self.config['in_channels']}, H, W), got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"expected floating-point images in [-0.5, 0.5], got {x.dtype}: see flowlib.data.to_tensor")
+        self.latent_shapes(tuple(x.shape[2:]))
+
+    def forward(self, x):
+        """z = f(x): images (B, C, H, W) -> (latents, one tensor a level; log_det (B,) in nats)."""
+        self._check(x)
+        latents, log_det = [], x.new_zeros(len(x))
+        for i, level in enumerate(self.levels):
+            x = self.squeeze(x)
+            for step in level:
+                x, step_log_det = step(x)
+                log_det = log_det + step_log_det
+            if i < len(self.levels) - 1:
+                x, latent = self.split(x)
+                latents.append(latent)
+        return (*latents, x), log_det
+
+    def inverse(self, latents):
+        """x = g(z): latents as forward returns them -> (images (B, C, H, W); log_det (B,) of g, in nats)."""
+        expected = len(self.levels)
+        if len(latents) != expected:
+            raise ValueError(f"expected {expected} latents, one for each level, got {len(latents)}")
+        x, log_det = latents[-1], latents[-1].new_zeros(len(latents[-1]))
+        for i, level in reversed(list(enumerate(self.levels))):
+            if i < expected - 1:
+                x = self.split.inverse(x, latents[i])
+            for step in reversed(level):
+                x, step_log_det = step.inverse(x)
+                log_det = log_det + step_log_det
+            x = self.squeeze.inverse(x)
+        return x, log_det
+
+    def log_prob(self, x):
+        """log p(x) = log p(f(x)) + log |det Df(x)|, equation (6): (B,) in nats."""
+        latents, log_det = self.forward(x)
+        return standard_normal_log_prob(latents) + log_det
+
+    def bits_per_dim(self, x, num_bins=256):
+        """-log2 p(x) per dimension, in bits (B,), of dequantised images whose num_bins grey levels fill an interval of 1."""
+        num_dims = x[0].numel()
+        return (-self.log_prob(x) / num_dims + math.log(num_bins)) / math.log(2)
+
+    def sample(self, num_samples, image_size, temperature=1.0, generator=None):
+        """Images (num_samples, C, H, W) = g(temperature * z), z ~ N(0, I) drawn with the generator."""
+        weight = next(self.parameters())
+        shapes = self.latent_shapes(image_size)
+        latents = [temperature * torch.randn(num_samples, *s, generator=generator).to(weight) for s in shapes]
+        return self.inverse(latents)[0]
+
+    def mode(self, image_size):
+        """g(0), the paper's initial guess x_0: (1, C, H, W)."""
+        weight = next(self.parameters())
+        return self.inverse([weight.new_zeros(1, *s) for s in self.latent_shapes(image_size)])[0]
+
+    @property
+    def initialized(self):
+        return bool(self.levels[0][0].actnorm.initialized)
+
+    @torch.no_grad()
+    def initialize(self, x):
+        """Sets every ActNorm from a batch of images (B, C, H, W), once, before training.
+
+        Raises RuntimeError where it was done before (a loaded or trained flow)."""
+        self._check(x)
+        if self.initialized:
+            raise RuntimeError("this Glow is initialised already; initialise a new one, or train on without")
+        for i, level in enumerate(self.levels):
+            x = self.squeeze(x)
+            for step in level:
+                x = step.initialize(x)
+            if i < len(self.levels) - 1:
+                x, _ = self.split(x)
+
+
+def standard_normal_log_prob(latents):
+    """log N(z; 0, I) summed over all latents: (B,) in nats."""
+    return sum(-0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(1, 2, 3)) for z in latents)
+
+
+def set_compute_dtype(model, dtype):
+    """Lets every coupling net, U-Net and ResNet in the model compute in dtype (torch.bfloat16; None: as the input).
+
+    Weights, affine maps and log-determinants keep their precision."""
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype

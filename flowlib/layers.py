@@ -1,0 +1,199 @@
+"""The invertible layers of Glow. Each maps x -> (y, log_det) by `forward` and y -> (x, log_det) by `inverse`,
+with log_det[b] = log |det ∂output/∂input| of image b, in nats."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Squeeze(nn.Module):
+    """Moves each 2x2 block of pixels into channels: (B, C, H, W) -> (B, 4C, H/2, W/2), order (c, row, column)."""
+
+    def forward(self, x):
+        return F.pixel_unshuffle(x, 2)
+
+    def inverse(self, y):
+        return F.pixel_shuffle(y, 2)
+
+
+class Split(nn.Module):
+    """Sends the first half of the channels on and keeps the second half as a latent."""
+
+    def forward(self, x):
+        return x.chunk(2, dim=1)
+
+    def inverse(self, x, latent):
+        return torch.cat([x, latent], dim=1)
+
+
+class ActNorm(nn.Module):
+    """Affine map per channel, y = (x + bias) exp(log_scale) (Kingma & Dhariwal 2018, section 3.1).
+
+    `initialize(x)` sets it so that the batch x (B, C, H, W) leaves with mean 0 and variance 1 per channel;
+    nothing else ever does. Raises ValueError where a channel of x is constant or not finite."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("initialized", torch.tensor(False))
+
+    @torch.no_grad()
+    def initialize(self, x):
+        std, mean = torch.std_mean(x, dim=(0, 2, 3))
+        if not bool(torch.isfinite(std).all()) or float(std.min()) < 1e-6:
+            raise ValueError(
+                f"ActNorm cannot be initialised: channel {int(torch.nan_to_num(std, nan=-1.0).argmin())} of this batch of "
+                f"{x.shape[0]} has standard deviation {float(std.min()):.3g}; pass a larger batch of varied, finite images"
+            )
+        self.bias.copy_(-mean)
+        self.log_scale.copy_(-std.log())
+        self.initialized.fill_(True)
+
+    def forward(self, x):
+        y = (x + self.bias[:, None, None]) * self.log_scale.exp()[:, None, None]
+        return y, self.log_scale.sum() * x[0, 0].numel() * x.new_ones(len(x))
+
+    def inverse(self, y):
+        x = y * (-self.log_scale).exp()[:, None, None] - self.bias[:, None, None]
+        return x, -self.log_scale.sum() * y[0, 0].numel() * y.new_ones(len(y))
+
+
+class InvConv1x1(nn.Module):
+    """Invertible 1x1 convolution y = W x at every pixel; W (C, C) starts as a random rotation.
+
+    The inverse and log |det W| are computed in float64, then cast."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0])
+
+    def inverse_weight(self):
+        return torch.linalg.inv(self.weight.double()).to(self.weight.dtype)
+
+    def log_abs_det(self):
+        return torch.linalg.slogdet(self.weight.double()).logabsdet.to(self.weight.dtype)
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight[:, :, None, None]), self.log_abs_det() * x[0, 0].numel() * x.new_ones(len(x))
+
+    def inverse(self, y):
+        x = F.conv2d(y, self.inverse_weight()[:, :, None, None])
+        return x, -self.log_abs_det() * y[0, 0].numel() * y.new_ones(len(y))
+
+
+class CouplingNet(nn.Module):
+    """NN of the affine coupling: conv 3x3, conv 1x1, conv 3x3, with an ActNorm and a ReLU after the first two.
+
+    (B, in, H, W) -> (B, out, H, W). The ActNorms are folded into their convolutions, so a forward is three
+    convolutions; the last is multiplied by exp(3 log_scale) and starts at zero, which makes a fresh flow linear.
+    `compute_dtype` (None: that of the input) may be torch.bfloat16: weights stay as they are and are cast here."""
+
+    def __init__(self, in_channels, hidden_channels, out_channels):
+        super().__init__()
+        self.compute_dtype = None
+        self.conv1 = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
+        self.actnorm1 = ActNorm(hidden_channels)
+        self.conv2 = nn.Conv2d(hidden_channels, hidden_channels, 1)
+        self.actnorm2 = ActNorm(hidden_channels)
+        self.conv3 = nn.Conv2d(hidden_channels, out_channels, 3, padding=1)
+        self.log_scale = nn.Parameter(torch.zeros(out_channels))
+        for conv in (self.conv1, self.conv2):
+            nn.init.normal_(conv.weight, std=0.05)
+            nn.init.zeros_(conv.bias)
+        nn.init.zeros_(self.conv3.weight)
+        nn.init.zeros_(self.conv3.bias)
+
+    def initialize(self, x):
+        h = self.conv1(x)
+        self.actnorm1.initialize(h)
+        h = self.conv2(self.actnorm1(h)[0].relu())
+        self.actnorm2.initialize(h)
+
+    def forward(self, x):
+        dtype = self.compute_dtype or x.dtype
+        h = x.to(dtype, memory_format=torch.channels_last)
+        h = self._conv(h, self.conv1, self.actnorm1.log_scale.exp(), self.actnorm1.bias).relu_()
+        h = self._conv(h, self.conv2, self.actnorm2.log_scale.exp(), self.actnorm2.bias).relu_()
+        return self._conv(h, self.conv3, (3 * self.log_scale).exp(), 0).to(x.dtype)
+
+    @staticmethod
+    def _conv(h, conv, scale, shift):
+        """scale * (conv(h) + shift), folded into one convolution."""
+        weight = (conv.weight * scale[:, None, None, None]).to(h.dtype)
+        return F.conv2d(h, weight, ((conv.bias + shift) * scale).to(h.dtype), padding=conv.padding)
+
+
+def _log_scale_tanh(raw):
+    return torch.tanh(raw)
+
+
+def _log_scale_sigmoid(raw):
+    return F.logsigmoid(raw + 2)
+
+
+def _log_scale_exp(raw):
+    return raw
+
+
+LOG_SCALE_RULES = {"tanh": _log_scale_tanh, "sigmoid": _log_scale_sigmoid, "exp": _log_scale_exp}
+
+
+class AffineCoupling(nn.Module):
+    """y_a = s x_a + t, y_b = x_b with (log s, t) = NN(x_b), equation (13); log_det = Σ log s.
+
+    scale: "tanh", log s = tanh(raw), bounded so that inverting stays well conditioned far from the data;
+    "exp", log s = raw, as the paper prints it; "sigmoid", s = sigmoid(raw + 2), as the reference code has it."""
+
+    def __init__(self, channels, hidden_channels, scale="tanh"):
+        super().__init__()
+        if scale not in LOG_SCALE_RULES:
+            raise ValueError(f"unknown scale rule {scale!r}; choose one of {', '.join(LOG_SCALE_RULES)}")
+        self.log_scale_rule = LOG_SCALE_RULES[scale]
+        self.net = CouplingNet(channels // 2, hidden_channels, channels)
+
+    def _log_scale_and_shift(self, x_b):
+        raw = self.net(x_b)
+        return self.log_scale_rule(raw[:, 0::2]), raw[:, 1::2]
+
+    def forward(self, x):
+        x_a, x_b = x.chunk(2, dim=1)
+        log_s, t = self._log_scale_and_shift(x_b)
+        return torch.cat([x_a * log_s.exp() + t, x_b], dim=1), log_s.sum(dim=(1, 2, 3))
+
+    def inverse(self, y):
+        y_a, y_b = y.chunk(2, dim=1)
+        log_s, t = self._log_scale_and_shift(y_b)
+        return torch.cat([(y_a - t) * (-log_s).exp(), y_b], dim=1), -log_s.sum(dim=(1, 2, 3))
+
+
+class FlowStep(nn.Module):
+    """One step of Glow: ActNorm, invertible 1x1 convolution, affine coupling; (B, C, H, W) -> (B, C, H, W).
+
+    The first two are applied as one 1x1 convolution."""
+
+    def __init__(self, channels, hidden_channels, scale="tanh"):
+        super().__init__()
+        self.actnorm = ActNorm(channels)
+        self.invconv = InvConv1x1(channels)
+        self.coupling = AffineCoupling(channels, hidden_channels, scale)
+
+    def initialize(self, x):
+        self.actnorm.initialize(x)
+        h = self.invconv(self.actnorm(x)[0])[0]
+        self.coupling.net.initialize(h.chunk(2, dim=1)[1])
+        return self.coupling(h)[0]
+
+    def _linear_log_det(self, x):
+        return (self.actnorm.log_scale.sum() + self.invconv.log_abs_det()) * x[0, 0].numel()
+
+    def forward(self, x):
+        weight = self.invconv.weight * self.actnorm.log_scale.exp()
+        h = F.conv2d(x, weight[:, :, None, None], weight @ self.actnorm.bias)
+        y, log_det = self.coupling(h)
+        return y, log_det + self._linear_log_det(x)
+
+    def inverse(self, y):
+        h, log_det = self.coupling.inverse(y)
+        weight = self.invconv.inverse_weight() * (-self.actnorm.log_scale).exp()[:, None]
+        return F.conv2d(h, weight[:, :, None, None], -self.actnorm.bias), log_det - self._linear_log_det(y)

@@ -1,0 +1,256 @@
+"""Training: likelihood pre-training of the flow (14) and end-to-end training of the unfolded solver (MSE), in one loop.
+
+Every random draw of a step comes from a generator seeded by (seed, purpose, step), so a run that was killed and resumed
+from its last checkpoint ends with the same weights, to the bit, as one that was not."""
+
+import csv
+import math
+import time
+import zlib
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from flowlib.checkpoints import load_checkpoint, load_state, load_tensors, save_checkpoint, save_tensors, write_atomically
+from flowlib.data import dequantize, to_tensor
+from flowlib.experiments import TASKS
+from flowlib.glow import Glow, set_compute_dtype
+from flowlib.prox import PROXES, GlowProx
+from flowlib.provenance import provenance
+from flowlib.solver import UnfoldedPGD, find_nonfinite_fold
+
+
+def generator_for(seed, purpose, step=0):
+    """A torch.Generator that depends on all three; purpose is a word."""
+    key = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), step]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(key) >> 1)
+
+
+def batch_indices(step, batch_size, num_images, seed):
+    """The images of one step: every epoch is a new permutation, and its incomplete last batch is dropped."""
+    steps_per_epoch = num_images // batch_size
+    epoch, position = divmod(step, steps_per_epoch)
+    order = torch.randperm(num_images, generator=generator_for(seed, "epoch", epoch))
+    return order[position * batch_size : (position + 1) * batch_size].numpy()
+
+
+def learning_rate_factor(step, config):
+    """Linear warm-up, then constant or half a cosine down to zero."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    return warmup * (0.5 * (1 + math.cos(math.pi * step / config.num_steps)) if config.cosine else 1.0)
+
+
+def fit(model, groups, batch_loss, validation_loss, config, num_images, seed, directory, explain=None):
+    """Trains model in place, by Adam, to the weights that were best on validation; returns a summary of the run.
+
+    groups: optimizer parameter groups with their own lr. batch_loss(indices, step) -> scalar tensor;
+    validation_loss() -> float. Writes directory/log.csv and, while it runs, directory/resume.safetensors every
+    config.checkpoint_minutes; where that file lies, training goes on from it, and ValueError is raised if it belongs
+    to other settings. FloatingPointError, with explain(indices, step) as the reason, where loss or gradient is not finite."""
+    if num_images < config.batch_size:
+        raise ValueError(f"{num_images} training images are fewer than one batch of {config.batch_size}: use more images")
+    set_compute_dtype(model, torch.bfloat16 if config.bf16 else None)
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8)
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = dict(step=0, best_loss=math.inf, best_step=0, seconds=0.0, history=[])
+    fingerprint = {"training": asdict(config), "seed": seed, "num_images": num_images}
+    best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    resume = directory / "resume.safetensors"
+
+    if resume.exists():
+        tensors, header = load_tensors(resume)
+        if header["fingerprint"] != fingerprint:
+            raise ValueError(f"{resume} belongs to a run with other settings: delete it, or choose another directory")
+        state = header["state"]
+        load_state(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, resume)
+        best = {k[5:]: v for k, v in tensors.items() if k.startswith("best.")}
+        saved = optimizer.state_dict()
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                saved["state"].setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict(saved)
+
+    def checkpoint():
+        tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"best.{k}": v for k, v in best.items()}
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        save_tensors(resume, tensors, {"fingerprint": fingerprint, "state": state})
+
+    last_saved = last_tick = time.monotonic()
+    stopped_early = False
+    progress = tqdm(total=config.num_steps, initial=state["step"], desc=directory.name, mininterval=2)
+    while state["step"] < config.num_steps and not stopped_early:
+        step = state["step"]
+        indices = batch_indices(step, config.batch_size, num_images, seed)
+        for group, rate in zip(optimizer.param_groups, base_rates):
+            group["lr"] = rate * learning_rate_factor(step, config)
+        model.train()
+        optimizer.zero_grad()
+        loss = batch_loss(indices, step)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+            reason = explain(indices, step) if explain else None
+            raise FloatingPointError(
+                f"step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; first not finite: "
+                f"{reason or 'the gradient'}. Lower the learning rate, or start from a flow with the 'tanh' scale rule"
+            )
+        optimizer.step()
+        state["step"] = step + 1
+        row = None
+        if state["step"] % config.validate_every == 0 or state["step"] == config.num_steps:
+            model.eval()
+            with torch.no_grad():
+                value = validation_loss()
+            if value < state["best_loss"]:
+                state |= dict(best_loss=value, best_step=state["step"])
+                best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            row = dict(step=state["step"], images_seen=state["step"] * config.batch_size, loss=loss.item(), val_loss=value)
+            stopped_early = state["step"] - state["best_step"] >= config.patience * config.validate_every
+        now = time.monotonic()
+        state["seconds"] += now - last_tick
+        last_tick = now
+        if row:
+            state["history"].append(row | {"seconds": round(state["seconds"], 2)})
+            write_log(directory / "log.csv", state["history"])
+            progress.set_postfix(val_loss=f"{row['val_loss']:.5f}")
+        progress.update()
+        if now - last_saved >= 60 * config.checkpoint_minutes and state["step"] < config.num_steps:
+            checkpoint()
+            last_saved = now
+    progress.close()
+
+    model.load_state_dict(best)
+    model.eval()
+    set_compute_dtype(model, None)
+    return dict(
+        training=asdict(config),
+        steps=state["step"],
+        images_seen=state["step"] * config.batch_size,
+        seconds=state["seconds"],
+        best_step=state["best_step"],
+        best_val_loss=state["best_loss"],
+        stopped_early=stopped_early,
+        history=state["history"],
+    )
+
+
+def write_log(path, rows):
+    def write(temporary):
+        with open(temporary, "w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
+
+
+def finish(model, directory, summary, **info):
+    """Writes the trained model with its summary, then drops what was kept to resume."""
+    save_checkpoint(directory / "model.safetensors", model, summary=summary, provenance=provenance(), **info)
+    (directory / "resume.safetensors").unlink(missing_ok=True)
+
+
+def batches(images, size):
+    for start in range(0, len(images), size):
+        yield images[start : start + size]
+
+
+NOISY_SIGMA = 0.25
+
+
+def pretrain(experiment, noisy=False):
+    """Pre-trains the flow by maximum likelihood (14) on dequantised images; loss in bits per dimension.
+
+    noisy: goes on from the clean flow, on images with Gaussian noise of a random σ in [0, NOISY_SIGMA] each."""
+    profile, seed = experiment.profile, experiment.seed
+    config = profile.noisy_pretraining if noisy else profile.pretraining
+    images = experiment.images()
+    train, val = experiment.split("pretrain", images), experiment.split("val", images)[: config.val_images]
+    directory = experiment.flow_directory(noisy)
+
+    def prepare(batch, purpose, step=0):
+        generator = generator_for(seed, purpose, step)
+        x = dequantize(batch, generator)
+        if noisy:
+            sigma = NOISY_SIGMA * torch.rand(len(x), 1, 1, 1, generator=generator)
+            x = x + sigma * torch.randn(x.shape, generator=generator)
+        return x.to(device())
+
+    torch.manual_seed(seed)
+    if noisy:
+        glow = load_checkpoint(experiment.flow_directory() / "model.safetensors").to(device())
+    else:
+        glow = Glow(**profile.flow).to(device())
+        order = torch.randperm(len(train), generator=generator_for(seed, "initialize"))[:256].numpy()
+        glow.initialize(prepare(train[order], "initialize"))
+
+    def batch_loss(indices, step):
+        return glow.bits_per_dim(prepare(train[indices], "pretrain", step)).mean()
+
+    def validation_loss():
+        values = [glow.bits_per_dim(prepare(b, "validation", i)) for i, b in enumerate(batches(val, 50))]
+        return torch.cat(values).mean().item()
+
+    groups = [{"params": list(glow.parameters()), "lr": config.lr}]
+    summary = fit(glow, groups, batch_loss, validation_loss, config, len(train), seed, directory)
+    finish(glow, directory, summary, noisy=noisy, experiment=experiment.names)
+
+
+def build_solver(experiment, prox, flow=None):
+    """The untrained solver: K copies of the pre-trained flow and x_0 = g(0), or K fresh baselines and x_0 = 0."""
+    profile, num_folds = experiment.profile, experiment.edition.num_folds
+    if prox.startswith("glow"):
+        flow = flow or load_checkpoint(experiment.flow_directory(noisy=prox == "glow-noisy") / "model.safetensors")
+        proxes = [GlowProx(flow), *(GlowProx(Glow(**flow.config)) for _ in range(num_folds - 1))]
+        for other in proxes[1:]:
+            other.glow.load_state_dict(flow.state_dict())
+        with torch.no_grad():
+            x0 = flow.mode(64)
+    else:
+        torch.manual_seed(experiment.seed)
+        proxes = [PROXES[prox](**getattr(profile, prox)) for _ in range(num_folds)]
+        x0 = torch.zeros(1, 3, 64, 64)
+    return UnfoldedPGD(proxes, x0)
+
+
+def train_unfolded(experiment, task, prox):
+    """Trains the unfolded solver for one task end to end on the mean squared error to the clean image."""
+    seed, config = experiment.seed, experiment.profile.unfolding[prox.split("-")[0]]
+    directory = experiment.directory(task, prox)
+    images = experiment.images()
+    train, val = to_tensor(experiment.split("train", images)), to_tensor(experiment.split("val", images)[: config.val_images])
+    solver = build_solver(experiment, prox).to(device())
+    operator = TASKS[task].make_operator(train.shape[-1]).to(device())
+
+    def measured(x, purpose, step=0):
+        x = x.to(device())
+        return x, operator.measure(x, generator_for(seed, purpose, step))
+
+    def batch_loss(indices, step):
+        x, y = measured(train[indices], "measure", step)
+        return (solver(y, operator) - x).square().mean()
+
+    def validation_loss():
+        losses = []
+        for i, batch in enumerate(batches(val, 50)):
+            x, y = measured(batch, "validation", i)
+            losses.append((solver(y, operator) - x).square().mean(dim=(1, 2, 3)))
+        return torch.cat(losses).mean().item()
+
+    def explain(indices, step):
+        with torch.no_grad():
+            return find_nonfinite_fold(solver(measured(train[indices], "measure", step)[1], operator, return_folds=True)[1])
+
+    scalars = [p for name, p in solver.named_parameters() if name in ("step_size", "shrinkage")]
+    groups = [{"params": list(solver.proxes.parameters()), "lr": config.lr}, {"params": scalars, "lr": config.scalar_lr}]
+    summary = fit(solver, groups, batch_loss, validation_loss, config, len(train), seed, directory, explain)
+    finish(solver, directory, summary, task=task, prox=prox, experiment=experiment.names)
+
+
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
