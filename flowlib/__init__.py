@@ -1,1 +1,27 @@
+"""flowlib: deep unfolding with normalizing-flow priors for inverse problems (Wei et al., arXiv 2107.02848)."""
+
 __version__ = "0.1.0"
+
+from flowlib.checkpoints import load_checkpoint, save_checkpoint
+from flowlib.glow import Glow, set_compute_dtype
+from flowlib.metrics import psnr, ssim
+from flowlib.operators import Blur, Denoising, Inpainting, LinearOperator
+from flowlib.prox import GlowProx, ResNetProx, UNetProx
+from flowlib.solver import UnfoldedPGD
+
+__all__ = [
+    "Blur",
+    "Denoising",
+    "Glow",
+    "GlowProx",
+    "Inpainting",
+    "LinearOperator",
+    "ResNetProx",
+    "UNetProx",
+    "UnfoldedPGD",
+    "load_checkpoint",
+    "psnr",
+    "save_checkpoint",
+    "set_compute_dtype",
+    "ssim",
+]

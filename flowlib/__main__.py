@@ -1,4 +1,4 @@
-"""The command line: python -m flowlib {prepare, pretrain, train, evaluate, tabulate}."""
+"""The command line: python -m flowlib {prepare, pretrain, train, evaluate, tabulate, publish}."""
 
 import argparse
 from pathlib import Path
@@ -24,6 +24,7 @@ def main(argv=None):
         "train": "train the unfolded solver for one task and prox",
         "evaluate": "evaluate it on the test images and write its record",
         "tabulate": "write the tables of all records",
+        "publish": "copy the records of an experiment into results/",
     }.items():
         command = commands.add_parser(name, help=help)
         command.add_argument("--profile", default="demo", choices=PROFILES)
@@ -62,7 +63,7 @@ def main(argv=None):
     elif command == "evaluate":
         results.record_solver(experiment, task, prox)
     else:
-        results.tabulate(experiment)
+        getattr(results, command)(experiment)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoints: tensors in safetensors, everything else as JSON in the same file's header, so that one rename is atomic."""
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -23,6 +24,18 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_csv(path, rows):
+    """Writes a list of dicts with the same keys as a table."""
+
+    def write(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
 
 
 def save_tensors(path, tensors, header):
@@ -83,7 +96,9 @@ def load_checkpoint(path):
             literal_last_fold=header["literal_last_fold"],
         )
     else:
-        raise ValueError(f"{path} holds no model but {header.get('kind', 'a training state')!r}: give a model.safetensors")
+        raise ValueError(
+            f"{path} holds no model but {header.get('kind', 'a training state')!r}: give a model.safetensors"
+        )
     if any(v.dtype == torch.float64 for v in tensors.values()):
         model.double()
     load_state(model, tensors, path)

@@ -122,11 +122,11 @@ PROFILES = {
         unet=dict(width=32),
         resnet=dict(width=64),
         pretraining=Training(num_steps=3800, batch_size=32, lr=1e-3, validate_every=200),
-        noisy_pretraining=Training(num_steps=1000, batch_size=32, lr=5e-4, validate_every=200),
+        noisy_pretraining=Training(num_steps=600, batch_size=32, lr=5e-4, validate_every=200),
         unfolding={
-            "glow": Training(num_steps=540, batch_size=8, lr=3e-4, validate_every=90),
-            "unet": Training(num_steps=1500, batch_size=8, lr=1e-3, validate_every=150),
-            "resnet": Training(num_steps=1500, batch_size=8, lr=1e-3, validate_every=150),
+            "glow": Training(num_steps=320, batch_size=8, lr=3e-4, validate_every=80),
+            "unet": Training(num_steps=650, batch_size=8, lr=1e-3, validate_every=130),
+            "resnet": Training(num_steps=900, batch_size=8, lr=1e-3, validate_every=150),
         },
     ),
     "paper": Profile(

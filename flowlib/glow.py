@@ -18,7 +18,9 @@ class Glow(nn.Module):
 
     Raises ValueError where x is not (B, in_channels, H, W) with H and W divisible by 2^num_levels."""
 
-    def __init__(self, in_channels=3, num_levels=4, num_steps=18, hidden_channels=512, last_level_steps=1, scale="tanh"):
+    def __init__(
+        self, in_channels=3, num_levels=4, num_steps=18, hidden_channels=512, last_level_steps=1, scale="tanh"
+    ):
         super().__init__()
         self.config = dict(
             in_channels=in_channels,
@@ -57,7 +59,9 @@ class Glow(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.config["in_channels"]:
             raise ValueError(f"expected images (B, {self.config['in_channels']}, H, W), got shape {tuple(x.shape)}")
         if not x.is_floating_point():
-            raise ValueError(f"expected floating-point images in [-0.5, 0.5], got {x.dtype}: see flowlib.data.to_tensor")
+            raise ValueError(
+                f"expected floating-point images in [-0.5, 0.5], got {x.dtype}: see flowlib.data.to_tensor"
+            )
         self.latent_shapes(tuple(x.shape[2:]))
 
     def forward(self, x):

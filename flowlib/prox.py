@@ -77,7 +77,9 @@ class UNetProx(_ImageNet):
 
     def _net(self, x):
         if x.shape[-2] % 16 or x.shape[-1] % 16:
-            raise ValueError(f"height {x.shape[-2]} and width {x.shape[-1]} must both be divisible by 16: crop or pad the image")
+            raise ValueError(
+                f"height {x.shape[-2]} and width {x.shape[-1]} must both be divisible by 16: crop or pad the image"
+            )
         skips = []
         for i, down in enumerate(self.down):
             x = down(F.max_pool2d(x, 2) if i else x)
@@ -100,7 +102,11 @@ class ResNetProx(_ImageNet):
             for _ in range(num_blocks)
         )
         self.tail = nn.Sequential(
-            nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, in_channels, 1)
+            nn.Conv2d(width, width, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, in_channels, 1),
         )
         self.to(memory_format=torch.channels_last)
 

@@ -1,1 +1,293 @@
-def record_flow(*a): pass
+"""Result records: one JSON file a run, written by an evaluation, read by the tables. No number reaches the book otherwise."""
+
+import csv
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from flowlib.checkpoints import load_checkpoint, load_tensors, write_atomically, write_csv
+from flowlib.data import dequantize, to_tensor
+from flowlib.experiments import PROX_LABELS, TASKS
+from flowlib.metrics import mean_and_interval, psnr, ssim
+from flowlib.provenance import provenance
+from flowlib.training import batches, device, generator_for
+
+RESULTS = Path("results")  # recorded runs and the paper's own numbers, kept in the repository
+
+
+def write_json(path, content):
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def statistics(values, digits=4):
+    """JSON-able mean, half width of its 95 % interval, and the values of all images."""
+    mean, half_width = mean_and_interval(values)
+    return dict(mean=mean, half_width=half_width, values=[round(float(v), digits) for v in values])
+
+
+def _record(experiment, directory, name, **content):
+    info = load_tensors(directory / "model.safetensors")[1]["info"]
+    manifest = experiment.images().manifest
+    record = dict(
+        name=name,
+        experiment=experiment.names,
+        **content,
+        training=info["summary"],
+        trained=info["provenance"],
+        evaluated=provenance(),
+        data={k: manifest[k] for k in ("name", "source", "crop", "pixels_sha256")} | {"split": experiment.split_sizes},
+    )
+    write_json(directory / "record.json", record)
+
+
+@torch.no_grad()
+def record_flow(experiment, noisy=False):
+    """Writes the record of a pre-trained flow: bits per dimension of the test images, and its round trip."""
+    directory = experiment.flow_directory(noisy)
+    glow = load_checkpoint(directory / "model.safetensors").to(device())
+    x = dequantize(experiment.split("test"), generator_for(experiment.seed, "test")).to(device())
+    bits = torch.cat([glow.bits_per_dim(batch) for batch in batches(x, 50)])
+    some = x[:50]
+    noise = torch.randn(some.shape, generator=generator_for(experiment.seed, "round trip")).to(some)
+    round_trip = {
+        name: (glow.inverse(glow(image)[0])[0] - image).abs().max().item()
+        for name, image in {
+            "natural": some,
+            "noise 0.2": some + 0.2 * noise,
+            "constant": torch.zeros_like(some),
+        }.items()
+    }
+    _record(
+        experiment,
+        directory,
+        directory.name,
+        kind="flow",
+        num_parameters=sum(p.numel() for p in glow.parameters()),
+        bits_per_dim=statistics(bits.tolist()),
+        round_trip=round_trip,
+    )
+
+
+@torch.no_grad()
+def record_solver(experiment, task, prox):
+    """Writes the record of a trained solver on the test images: PSNR and SSIM of each image, and what the folds did."""
+    directory = experiment.directory(task, prox)
+    solver = load_checkpoint(directory / "model.safetensors").to(device())
+    x = to_tensor(experiment.split("test"))
+    operator = TASKS[task].make_operator(x.shape[-1])
+    y = operator.measure(x, generator_for(experiment.seed, "test"))
+    operator.to(device())
+    x_hat, folds, seconds = [], [], 0.0
+    for batch in batches(y.to(device()), 50):
+        start = time.monotonic()
+        x_hat.append(solver(batch, operator).cpu())
+        seconds += time.monotonic() - start
+        folds.append(solver(batch, operator, return_folds=True)[1])
+    x_hat = torch.cat(x_hat)
+
+    def over_images(k, key):
+        values = [getattr(batch[k], key) for batch in folds]
+        return None if values[0] is None else torch.cat(values).cpu()
+
+    def fold_record(k):
+        fold = dict(
+            step_size=float(solver.step_size[k]),
+            psnr_tilde=psnr(over_images(k, "x_tilde"), x).mean().item(),
+            psnr=psnr(over_images(k, "x"), x).mean().item(),
+        )
+        if solver.proxes[k].uses_shrinkage:
+            bits = -x[0].numel() * 0.6931471805599453
+            fold |= dict(
+                shrinkage=float(solver.shrinkage[k]),
+                latent_norm_tilde=over_images(k, "latent_norm_tilde").mean().item(),
+                latent_norm=over_images(k, "latent_norm").mean().item(),
+                bits_per_dim_tilde=8 + over_images(k, "log_prob_tilde").mean().item() / bits,
+                bits_per_dim=8 + over_images(k, "log_prob").mean().item() / bits,
+            )
+        return fold
+
+    _record(
+        experiment,
+        directory,
+        directory.name,
+        kind="solver",
+        task=TASKS[task].name,
+        setting=TASKS[task].setting,
+        prox=prox,
+        num_parameters=sum(p.numel() for p in solver.proxes[0].parameters()),
+        num_folds=solver.num_folds,
+        psnr=statistics(psnr(x_hat, x).tolist()),
+        ssim=statistics(ssim(x_hat, x).tolist()),
+        psnr_measurement=statistics(psnr(y, x).tolist()),
+        folds=[fold_record(k) for k in range(solver.num_folds)],
+        milliseconds_per_image=1000 * seconds / len(x),
+    )
+
+
+def publish(experiment):
+    """Copies all records of an experiment into results/, to be kept with the code."""
+    for path in sorted(experiment.runs.glob("*/record.json")):
+        write_json(RESULTS / experiment.runs.name / f"{path.parent.name}.json", json.loads(path.read_text()))
+
+
+def read_records(paths):
+    """The records in these files, in order; ValueError naming a file that is none."""
+    records = []
+    for path in paths:
+        try:
+            record = json.loads(Path(path).read_text())
+            record["run"] = "-".join(map(str, record["experiment"].values()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no result record ({error!r}): delete it and evaluate that run again"
+            ) from error
+        records.append(record)
+    return records
+
+
+def build_records(experiment):
+    """Records of this build's experiment."""
+    return read_records(sorted(experiment.runs.glob("*/record.json")))
+
+
+def recorded():
+    """Records kept in results/."""
+    return read_records(sorted(RESULTS.glob("*/*.json")))
+
+
+def paper_table(table, edition):
+    """{(task, setting, method): PSNR in dB} of one of the paper's tables."""
+    with open(RESULTS / "paper.csv", newline="") as f:
+        rows = [r for r in csv.DictReader(f) if r["table"] == table and r["edition"] == edition]
+    return {(r["task"], r["setting"], r["method"]): float(r["psnr_db"]) for r in rows}
+
+
+def setting_text(setting):
+    """A setting as the reader sees it: "sigma_n=0.2" -> "σₙ = 0.2"."""
+    return setting.replace("sigma_n=", "σₙ = ").replace("sigma_b=", "σ_b = ").replace("W=", "W = ")
+
+
+def plus_minus(value, digits=2):
+    return f"{value['mean']:.{digits}f} ± {value['half_width']:.{digits}f}"
+
+
+def table1(records):
+    """Rows of Table I: the paper's number beside ours, for one experiment's records."""
+    edition = records[0]["experiment"]["edition"] if records else "v2"
+    paper = paper_table("I", edition)
+    ours = {(r["task"], r["setting"], PROX_LABELS[r["prox"]]): r for r in records if r["kind"] == "solver"}
+    rows = []
+    for key in [*paper, *(k for k in ours if k not in paper)]:
+        task, setting, method = key
+        record = ours.get(key)
+        rows.append(
+            {
+                "Task": task,
+                "Setting": setting_text(setting),
+                "Method": method,
+                "Paper, dB": f"{paper[key]:.2f}" if key in paper else "–",
+                "Ours, dB": plus_minus(record["psnr"]) if record else "not run",
+                "SSIM": f"{record['ssim']['mean']:.3f}" if record else "–",
+                "Measured y, dB": f"{record['psnr_measurement']['mean']:.2f}" if record else "–",
+                "Images seen": f"{record['training']['images_seen']:,}" if record else "–",
+                "Training": f"{record['training']['seconds'] / 60:.1f} min" if record else "–",
+            }
+        )
+    order = list(dict.fromkeys((row["Task"], row["Setting"]) for row in rows))
+    return sorted(rows, key=lambda row: order.index((row["Task"], row["Setting"])))
+
+
+def provenance_rows(records):
+    """One row a run: what made it, on what, when and in what time."""
+    return [
+        {
+            "Run": f"{r['run']}/{r['name']}",
+            "Commit": r["trained"]["commit"],
+            "Profile": r["experiment"]["profile"],
+            "Data set": r["experiment"]["dataset"],
+            "Seed": r["experiment"]["seed"],
+            "Hardware": r["trained"]["hardware"],
+            "Date": r["trained"]["date"][:10],
+            "Training": f"{r['training']['seconds'] / 60:.1f} min",
+            "Steps": f"{r['training']['steps']:,}",
+            "Parameters": f"{r['num_parameters']:,}",
+        }
+        for r in records
+    ]
+
+
+def compare(records, edition, task, setting, first="glow", second="unet"):
+    """How far `first` is above `second`, ours and the paper's: (mean of the paired differences in dB, half width, paper's
+    difference or None where the paper has none), or None where one of the runs is missing."""
+    paper = paper_table("I", edition)
+    found = {r["prox"]: r for r in records if r["kind"] == "solver" and (r["task"], r["setting"]) == (task, setting)}
+    keys = [(task, setting, PROX_LABELS[p]) for p in (first, second)]
+    if first not in found or second not in found:
+        return None
+    pairs = zip(found[first]["psnr"]["values"], found[second]["psnr"]["values"])
+    in_paper = all(k in paper for k in keys)
+    return (*mean_and_interval([a - b for a, b in pairs]), paper[keys[0]] - paper[keys[1]] if in_paper else None)
+
+
+def findings(records, what):
+    """One Markdown bullet for each pair of methods that both we and the paper have."""
+    lines = []
+    if not records:
+        return lines
+    edition = records[0]["experiment"]["edition"]
+    for task, setting in dict.fromkeys((r["task"], r["setting"]) for r in records if r["kind"] == "solver"):
+        for first, second in (("glow", "unet"), ("unet", "resnet")):
+            found = compare(records, edition, task, setting, first, second)
+            if found and found[2] is not None:
+                difference, half_width, paper = found
+                verdict = (
+                    "not distinguishable"
+                    if abs(difference) < half_width
+                    else ("the paper's order" if difference * paper > 0 else "**the opposite order**")
+                )
+                lines.append(
+                    f"- {task} ({setting.replace('_', chr(92) + '_')}), {PROX_LABELS[first]} against {PROX_LABELS[second]}: "
+                    f"paper {paper:+.2f} dB, {what} {difference:+.2f} ± {half_width:.2f} dB: {verdict}."
+                )
+    return lines
+
+
+def main_run(records):
+    """The records of the one experiment that has most of them: profiles must not be mixed in one comparison."""
+    groups = {}
+    for record in records:
+        groups.setdefault(record["run"], []).append(record)
+    return max(groups.values(), key=len, default=[])
+
+
+def tabulate(experiment):
+    """Writes all tables that the book includes to build/tables/."""
+    here, kept = build_records(experiment), recorded()
+    tables = experiment.build / "tables"
+    main = main_run(kept)
+    write_csv(tables / "table1.csv", table1(here))
+    write_csv(tables / "table1_recorded.csv", table1(main))
+    write_csv(tables / "provenance.csv", provenance_rows(here + kept))
+    names = experiment.names
+    total = sum(r["training"]["seconds"] for r in here) / 60
+    write_text(
+        tables / "build.md",
+        f"This build used the profile **{names['profile']}** on the data set **{names['dataset']}** with the protocol of edition "
+        f"**{names['edition']}** ({experiment.edition.num_folds} folds; {experiment.split_sizes['train']} training, "
+        f"{experiment.split_sizes['val']} validation and {experiment.split_sizes['test']} test images), seed {names['seed']}: "
+        f"{len(here)} trainings, {total:.1f} minutes in all. Recorded runs kept with the code: {len(kept)}"
+        + (f" ({', '.join(dict.fromkeys(r['run'] for r in kept))})." if kept else "."),
+    )
+    if main:
+        e = main[0]["experiment"]
+        what = f"ours (profile {e['profile']} on {e['dataset']}, protocol {e['edition']})"
+        lines = findings(main, what)
+    else:
+        lines = ["No run on real faces is recorded yet; see the page on this build for what was run."]
+    write_text(tables / "findings.md", "\n".join(lines))
+
+
+def write_text(path, text):
+    write_atomically(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))

@@ -3,7 +3,6 @@
 Every random draw of a step comes from a generator seeded by (seed, purpose, step), so a run that was killed and resumed
 from its last checkpoint ends with the same weights, to the bit, as one that was not."""
 
-import csv
 import math
 import time
 import zlib
@@ -13,12 +12,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flowlib.checkpoints import load_checkpoint, load_state, load_tensors, save_checkpoint, save_tensors, write_atomically
+from flowlib.checkpoints import load_checkpoint, load_state, load_tensors, save_checkpoint, save_tensors, write_csv
 from flowlib.data import dequantize, to_tensor
 from flowlib.experiments import TASKS
 from flowlib.glow import Glow, set_compute_dtype
-from flowlib.prox import PROXES, GlowProx
 from flowlib.provenance import provenance
+from flowlib.prox import PROXES, GlowProx
 from flowlib.solver import UnfoldedPGD, find_nonfinite_fold
 
 
@@ -50,7 +49,9 @@ def fit(model, groups, batch_loss, validation_loss, config, num_images, seed, di
     config.checkpoint_minutes; where that file lies, training goes on from it, and ValueError is raised if it belongs
     to other settings. FloatingPointError, with explain(indices, step) as the reason, where loss or gradient is not finite."""
     if num_images < config.batch_size:
-        raise ValueError(f"{num_images} training images are fewer than one batch of {config.batch_size}: use more images")
+        raise ValueError(
+            f"{num_images} training images are fewer than one batch of {config.batch_size}: use more images"
+        )
     set_compute_dtype(model, torch.bfloat16 if config.bf16 else None)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8)
     base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -109,14 +110,16 @@ def fit(model, groups, batch_loss, validation_loss, config, num_images, seed, di
             if value < state["best_loss"]:
                 state |= dict(best_loss=value, best_step=state["step"])
                 best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-            row = dict(step=state["step"], images_seen=state["step"] * config.batch_size, loss=loss.item(), val_loss=value)
+            row = dict(
+                step=state["step"], images_seen=state["step"] * config.batch_size, loss=loss.item(), val_loss=value
+            )
             stopped_early = state["step"] - state["best_step"] >= config.patience * config.validate_every
         now = time.monotonic()
         state["seconds"] += now - last_tick
         last_tick = now
         if row:
             state["history"].append(row | {"seconds": round(state["seconds"], 2)})
-            write_log(directory / "log.csv", state["history"])
+            write_csv(directory / "log.csv", state["history"])
             progress.set_postfix(val_loss=f"{row['val_loss']:.5f}")
         progress.update()
         if now - last_saved >= 60 * config.checkpoint_minutes and state["step"] < config.num_steps:
@@ -137,16 +140,6 @@ def fit(model, groups, batch_loss, validation_loss, config, num_images, seed, di
         stopped_early=stopped_early,
         history=state["history"],
     )
-
-
-def write_log(path, rows):
-    def write(temporary):
-        with open(temporary, "w", newline="") as f:
-            writer = csv.DictWriter(f, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
 
 
 def finish(model, directory, summary, **info):
@@ -223,7 +216,10 @@ def train_unfolded(experiment, task, prox):
     seed, config = experiment.seed, experiment.profile.unfolding[prox.split("-")[0]]
     directory = experiment.directory(task, prox)
     images = experiment.images()
-    train, val = to_tensor(experiment.split("train", images)), to_tensor(experiment.split("val", images)[: config.val_images])
+    train, val = (
+        to_tensor(experiment.split("train", images)),
+        to_tensor(experiment.split("val", images)[: config.val_images]),
+    )
     solver = build_solver(experiment, prox).to(device())
     operator = TASKS[task].make_operator(train.shape[-1]).to(device())
 
@@ -244,10 +240,15 @@ def train_unfolded(experiment, task, prox):
 
     def explain(indices, step):
         with torch.no_grad():
-            return find_nonfinite_fold(solver(measured(train[indices], "measure", step)[1], operator, return_folds=True)[1])
+            return find_nonfinite_fold(
+                solver(measured(train[indices], "measure", step)[1], operator, return_folds=True)[1]
+            )
 
     scalars = [p for name, p in solver.named_parameters() if name in ("step_size", "shrinkage")]
-    groups = [{"params": list(solver.proxes.parameters()), "lr": config.lr}, {"params": scalars, "lr": config.scalar_lr}]
+    groups = [
+        {"params": list(solver.proxes.parameters()), "lr": config.lr},
+        {"params": scalars, "lr": config.scalar_lr},
+    ]
     summary = fit(solver, groups, batch_loss, validation_loss, config, len(train), seed, directory, explain)
     finish(solver, directory, summary, task=task, prox=prox, experiment=experiment.names)
 

@@ -1,0 +1,194 @@
+"""Plots and tables of the notebooks: every function takes data and returns a matplotlib Figure (or HTML).
+
+Figures have a white background of their own, so that images look alike in a light and a dark page, and are
+drawn 6 inches wide with large type, so that they can still be read on a telephone."""
+
+import functools
+import html
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.ticker import MaxNLocator
+
+from flowlib.data import to_uint8
+from flowlib.experiments import PROX_LABELS
+from flowlib.results import setting_text
+
+# Okabe and Ito's colour-blind-safe palette: one colour a method, everywhere.
+COLOURS = {"resnet": "#E69F00", "unet": "#0072B2", "glow": "#009E73", "glow-noisy": "#CC79A7"}
+SHORT_LABELS = {"resnet": "ResNet", "unet": "U-Net", "glow": "GLOW", "glow-noisy": "GLOW, noisy"}
+GREY, INK = "#8A8A8A", "#222222"
+WIDTH = 6.0
+STYLE = {
+    "figure.dpi": 120,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "font.size": 10.5,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "text.color": INK,
+}
+
+
+def styled(plot):
+    """Draws with STYLE, and takes the figure from pyplot, so that a notebook shows it once: as the cell's value."""
+
+    @functools.wraps(plot)
+    def wrapper(*args, **kwargs):
+        with plt.rc_context(STYLE):
+            figure = plot(*args, **kwargs)
+            figure.canvas.draw()  # lays the figure out while the style is in force
+        plt.close(figure)
+        return figure
+
+    return wrapper
+
+
+def pixels(image):
+    """One image, uint8 (H, W, 3) or a tensor (3, H, W) in [-0.5, 0.5], as uint8 (H, W, 3)."""
+    return to_uint8(image[None])[0] if isinstance(image, torch.Tensor) else np.asarray(image)
+
+
+@styled
+def image_grid(columns, below=None, row_labels=None):
+    """Images side by side: {title: images of one column}. below: {title: one text an image}, row_labels: one a row."""
+    num_rows, num_columns = max(map(len, columns.values())), len(columns)
+    texts = below is not None
+    height = num_rows * (WIDTH / num_columns + 0.22 * texts) + 0.3
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=(WIDTH, height), squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    for column, (title, images) in zip(axes.T, columns.items()):
+        column[0].set_title(title)
+        for row, axis in enumerate(column):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if row >= len(images):
+                continue
+            axis.imshow(pixels(images[row]), interpolation="nearest")
+            if texts and title in below:
+                axis.set_xlabel(below[title][row], labelpad=2)
+    for label, axis in zip(row_labels or [], axes[:, 0]):
+        axis.set_ylabel(label)
+    return figure
+
+
+def mosaic(images, num_columns, gap=2):
+    """Images of one size as one image, num_columns a row, uint8 (H, W, 3)."""
+    tiles = [np.pad(pixels(i), ((gap, gap), (gap, gap), (0, 0)), constant_values=255) for i in images]
+    rows = [np.concatenate(tiles[i : i + num_columns], axis=1) for i in range(0, len(tiles), num_columns)]
+    rows[-1] = np.pad(rows[-1], ((0, 0), (0, rows[0].shape[1] - rows[-1].shape[1]), (0, 0)), constant_values=255)
+    return np.concatenate(rows)
+
+
+@styled
+def contact_sheet(images, num_columns=8):
+    """Images of one size, num_columns a row."""
+    sheet = mosaic(images, num_columns)
+    figure, axis = plt.subplots(figsize=(WIDTH, WIDTH * sheet.shape[0] / sheet.shape[1]))
+    axis.imshow(sheet, interpolation="nearest")
+    axis.axis("off")
+    return figure
+
+
+@styled
+def training_curve(history, ylabel):
+    """Loss of the last batch and validation loss over images seen; history: rows as in a record."""
+    seen = [row["images_seen"] for row in history]
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2))
+    axis.plot(seen, [row["loss"] for row in history], color=GREY, label="one training batch")
+    axis.plot(seen, [row["val_loss"] for row in history], color=COLOURS["glow"], marker="o", label="validation")
+    axis.set(xlabel="images seen", ylabel=ylabel)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.legend()
+    return figure
+
+
+@styled
+def fold_curves(records):
+    """PSNR, latent norm and bits per dimension through the folds of flow solvers, one column a record."""
+    quantities = {"psnr": "PSNR, dB", "latent_norm": "latent norm", "bits_per_dim": "bits per dimension"}
+    figure, axes = plt.subplots(3, len(records), figsize=(WIDTH, 6.4), squeeze=False, sharex="col")
+    for column, record in zip(axes.T, records):
+        colour, folds = COLOURS[record["prox"]], record["folds"]
+        positions = np.arange(1, len(folds) + 1)
+        column[0].set_title(record["task"])
+        column[-1].set(xlabel="fold k", xticks=positions)
+        for axis, (key, label) in zip(column, quantities.items()):
+            before, after = ([fold[k] for fold in folds] for k in (f"{key}_tilde", key))
+            path = np.stack([before, after], axis=1).ravel()
+            axis.plot(np.stack([positions - 0.2, positions + 0.2], axis=1).ravel(), path, color=colour, lw=1)
+            axis.plot(positions - 0.2, before, "o", color=colour, mfc="white", label=r"before the prox, $\tilde{x}_k$")
+            axis.plot(positions + 0.2, after, "o", color=colour, label="after the prox, $x_k$")
+            if axis in axes[:, 0]:
+                axis.set_ylabel(label)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def paper_and_ours():
+    marks = (("D", "white", "paper"), ("o", INK, "ours, 95 % interval"))
+    return [plt.Line2D([], [], color=INK, marker=m, mfc=fill, ls="none", label=text) for m, fill, text in marks]
+
+
+@styled
+def psnr_dots(records, paper):
+    """Mean PSNR with its 95 % interval for every run of Table I beside the paper's number; one panel a task.
+
+    records: solver records of one experiment; paper: {(task, setting, method): PSNR}, see results.paper_table."""
+    settings = list(dict.fromkeys((task, setting) for task, setting, _ in paper))
+    proxes = [p for p in COLOURS if p != "glow-noisy" or any(r["prox"] == p for r in records)]
+    ours = {(r["task"], r["setting"], r["prox"]): r["psnr"] for r in records}
+    height = 0.7 + len(settings) * (0.75 + 0.24 * len(proxes))
+    figure, axes = plt.subplots(len(settings), figsize=(WIDTH, height), squeeze=False)
+    for axis, (task, setting) in zip(axes[:, 0], settings):
+        for row, prox in enumerate(proxes):
+            style = dict(color=COLOURS[prox], markersize=8, linestyle="none")
+            if (task, setting, PROX_LABELS[prox]) in paper:
+                axis.plot(paper[task, setting, PROX_LABELS[prox]], row, "D", mfc="white", mew=1.8, **style)
+            if (task, setting, prox) in ours:
+                value = ours[task, setting, prox]
+                axis.errorbar(value["mean"], row, xerr=value["half_width"], fmt="o", capsize=4, **style)
+        axis.set(yticks=range(len(proxes)), yticklabels=[SHORT_LABELS[p] for p in proxes])
+        axis.set_ylim(len(proxes) - 0.4, -0.6)
+        axis.set_title(f"{task}, {setting_text(setting)}", loc="left")
+        axis.margins(x=0.08)
+    axes[-1, 0].set_xlabel("mean PSNR, dB")
+    figure.legend(handles=paper_and_ours(), loc="outside upper center", ncols=2)
+    return figure
+
+
+@styled
+def difference_dots(differences):
+    """Paired differences in PSNR: {label: (mean, half width, the paper's or None), as results.compare gives}."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.3 + 0.36 * len(differences)))
+    for row, (mean, half_width, paper) in enumerate(differences.values()):
+        axis.errorbar(mean, row, xerr=half_width, fmt="o", capsize=4, color=INK)
+        if paper is not None:
+            axis.plot(paper, row, "D", color=INK, mfc="white", mew=1.8)
+    axis.axvline(0, color=GREY, lw=1)
+    axis.set(yticks=range(len(differences)), yticklabels=differences, xlabel="difference in PSNR, dB")
+    axis.set_ylim(len(differences) - 0.4, -0.6)
+    figure.legend(handles=paper_and_ours(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def html_table(rows, caption):
+    """A list of dicts with the same keys as a table for IPython.display.HTML; alike in Lab and in the book."""
+
+    def cells(tag, values):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in values) + "</tr>"
+
+    body = "".join(cells("td", row.values()) for row in rows)
+    return (
+        f'<table class="table"><caption>{html.escape(caption)}</caption>'
+        f"<thead>{cells('th', rows[0])}</thead><tbody>{body}</tbody></table>"
+    )

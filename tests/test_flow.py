@@ -1,0 +1,178 @@
+"""The flow and its layers: round trips, log-determinants against the autograd Jacobian, initialisation, clear errors."""
+
+import pytest
+import torch
+
+from flowlib import Glow, set_compute_dtype
+from flowlib.layers import ActNorm, AffineCoupling, FlowStep, InvConv1x1, Split, Squeeze
+
+
+def randomize(module, seed=0, scale=0.2):
+    """Away from the start values, at which a coupling is linear and an ActNorm the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return module
+
+
+def jacobian_log_det(function, x):
+    """log |det| of a map of one image (1, C, H, W), by autograd."""
+    jacobian = torch.autograd.functional.jacobian(function, x).reshape(x.numel(), x.numel())
+    return torch.linalg.slogdet(jacobian).logabsdet
+
+
+LAYERS = {
+    "actnorm": lambda: ActNorm(4),
+    "invconv": lambda: InvConv1x1(4),
+    "coupling tanh": lambda: AffineCoupling(4, 6, "tanh"),
+    "coupling sigmoid": lambda: AffineCoupling(4, 6, "sigmoid"),
+    "coupling exp": lambda: AffineCoupling(4, 6, "exp"),
+    "step": lambda: FlowStep(4, 6),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_layer_round_trips_and_log_dets(make):
+    torch.manual_seed(0)
+    layer = randomize(make().double())
+    x = torch.randn(1, 4, 2, 3, dtype=torch.float64)
+    y, log_det = layer(x)
+    back, inverse_log_det = layer.inverse(y)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(layer(layer.inverse(x)[0])[0], x)
+    torch.testing.assert_close(log_det[0], jacobian_log_det(lambda t: layer(t)[0], x))
+    torch.testing.assert_close(inverse_log_det[0], jacobian_log_det(lambda t: layer.inverse(t)[0], y))
+
+
+def test_squeeze_order_and_split_round_trip():
+    x = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
+    y = Squeeze()(x)
+    torch.testing.assert_close(y[:, 4 * 1 + 2 * 1 + 0], x[:, 1, 1::2, 0::2])  # (channel 1, row 1, column 0)
+    torch.testing.assert_close(Squeeze().inverse(y), x)
+    torch.testing.assert_close(Split().inverse(*Split()(y)), y)
+
+
+def test_step_is_the_composition_of_its_layers():
+    torch.manual_seed(0)
+    step = randomize(FlowStep(4, 6).double())
+    x = torch.randn(2, 4, 6, 4, dtype=torch.float64)
+    h, log_det = x, 0
+    for layer in (step.actnorm, step.invconv, step.coupling):
+        h, layer_log_det = layer(h)
+        log_det = log_det + layer_log_det
+    y, step_log_det = step(x)
+    torch.testing.assert_close(y, h)
+    torch.testing.assert_close(step_log_det, log_det)
+
+
+def small_glow(dtype=torch.float64, **config):
+    torch.manual_seed(0)
+    return randomize(Glow(**{"num_levels": 2, "num_steps": 2, "hidden_channels": 6, **config}).to(dtype), scale=0.1)
+
+
+@pytest.mark.parametrize("channels,size,batch", [(3, (8, 8), 2), (1, (4, 12), 1), (4, (16, 8), 3)])
+def test_glow_round_trips(channels, size, batch):
+    glow = small_glow(in_channels=channels)
+    x = torch.rand(batch, channels, *size, dtype=torch.float64) - 0.5
+    latents, log_det = glow(x)
+    assert [z.shape[1:] for z in latents] == [torch.Size(s) for s in glow.latent_shapes(size)]
+    assert sum(z[0].numel() for z in latents) == x[0].numel()
+    back, inverse_log_det = glow.inverse(latents)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_log_det, -log_det)
+    for once, twice in zip(latents, glow(back)[0]):
+        torch.testing.assert_close(once, twice)
+
+
+def test_glow_log_prob_by_change_of_variables():
+    glow = small_glow(in_channels=1)
+    x = torch.rand(1, 1, 4, 4, dtype=torch.float64) - 0.5
+
+    def flat(t):
+        return torch.cat([z.flatten() for z in glow(t)[0]])
+
+    z = flat(x)
+    expected = torch.distributions.Normal(0, 1).log_prob(z).sum() + jacobian_log_det(flat, x)
+    torch.testing.assert_close(glow.log_prob(x)[0], expected)
+    bits = -(expected - 16 * torch.log(torch.tensor(256.0, dtype=torch.float64))) / 16 / torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(glow.bits_per_dim(x)[0], bits, check_dtype=False)
+
+
+def test_every_parameter_gets_a_gradient():
+    glow = small_glow()
+    glow.bits_per_dim(torch.rand(2, 3, 8, 8, dtype=torch.float64) - 0.5).mean().backward()
+    for name, parameter in glow.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_parameters_of_the_paper():
+    assert sum(p.numel() for p in Glow().parameters()) == 25_771_456
+
+
+def test_initialize_whitens_once_and_only_when_asked():
+    torch.manual_seed(0)
+    glow = Glow(num_levels=2, num_steps=2, hidden_channels=8)
+    x = 0.2 * torch.rand(64, 3, 8, 8) + 0.1
+    before = {k: v.clone() for k, v in glow.state_dict().items()}
+    glow.train()
+    glow.inverse(glow(x)[0])
+    assert all(torch.equal(v, before[k]) for k, v in glow.state_dict().items())
+    glow.initialize(x)
+    step = glow.levels[0][0]
+    std, mean = torch.std_mean(step.actnorm(glow.squeeze(x))[0], dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(12), atol=1e-5, rtol=0)
+    torch.testing.assert_close(std, torch.ones(12), atol=1e-4, rtol=0)
+    with pytest.raises(RuntimeError, match="initialised already"):
+        glow.initialize(x)
+    with pytest.raises(ValueError, match="standard deviation"):
+        Glow(num_levels=2, num_steps=1, hidden_channels=8).initialize(torch.zeros(4, 3, 8, 8))
+
+
+def test_sampling_follows_its_generator_and_temperature():
+    glow = small_glow(torch.float32)
+    first = glow.sample(2, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(first, glow.sample(2, 8, generator=torch.Generator().manual_seed(1)))
+    assert not torch.equal(first, glow.sample(2, 8, generator=torch.Generator().manual_seed(2)))
+    torch.testing.assert_close(glow.sample(1, (8, 4), temperature=0.0), glow.mode((8, 4)))
+
+
+@torch.no_grad()
+def test_tanh_couplings_stay_well_conditioned():
+    """However large the input and the weights, log s is within ±1, so that inverting loses no digits to the scale."""
+    torch.manual_seed(0)
+    coupling = randomize(AffineCoupling(4, 8, "tanh"), scale=3.0)
+    x = 100 * torch.randn(2, 4, 6, 6)
+    y = coupling(x)[0]
+    assert 0.5 < coupling._log_scale_and_shift(x[:, 2:])[0].abs().mean() <= 1
+    assert (coupling.inverse(y)[0] - x).abs().max() < 1e-6 * y.abs().max()
+
+
+def test_bf16_coupling_nets_keep_the_round_trip():
+    glow = small_glow(torch.float32, hidden_channels=16)
+    x = torch.rand(2, 3, 8, 8) - 0.5
+    exact = glow(x)[0]
+    set_compute_dtype(glow, torch.bfloat16)
+    latents = glow(x)[0]
+    assert latents[0].dtype == torch.float32
+    assert 0 < max((a - b).abs().max() for a, b in zip(exact, latents)) < 0.1
+    assert (glow.inverse(latents)[0] - x).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    "x,message",
+    [
+        (torch.zeros(1, 3, 10, 12), "height 10 and width 12 must both be divisible by 2\\^num_levels = 4"),
+        (torch.zeros(1, 1, 8, 8), "expected images \\(B, 3, H, W\\)"),
+        (torch.zeros(3, 8, 8), "expected images"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "floating-point"),
+    ],
+)
+def test_bad_images_are_named(x, message):
+    with pytest.raises(ValueError, match=message):
+        Glow(num_levels=2, num_steps=1, hidden_channels=4)(x)
+
+
+def test_unknown_scale_rule_is_named():
+    with pytest.raises(ValueError, match="unknown scale rule 'softplus'; choose one of tanh, sigmoid, exp"):
+        Glow(num_levels=1, num_steps=1, hidden_channels=4, scale="softplus")

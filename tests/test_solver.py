@@ -1,0 +1,106 @@
+"""Proximal mappings and the unfolded solver: the formula of one fold, gradients, fold reports, sizes."""
+
+import pytest
+import torch
+
+from flowlib import Denoising, Glow, GlowProx, Inpainting, ResNetProx, UNetProx, UnfoldedPGD, psnr, ssim
+from flowlib.solver import find_nonfinite_fold
+from tests.test_flow import randomize
+
+
+def small_solver(num_folds=2, **options):
+    torch.manual_seed(0)
+    proxes = [
+        GlowProx(randomize(Glow(num_levels=2, num_steps=1, hidden_channels=4).double(), seed=k))
+        for k in range(num_folds)
+    ]
+    return UnfoldedPGD(proxes, proxes[0].glow.mode(16), **options)
+
+
+def measurement():
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64) - 0.5
+    operator = Inpainting(5, 16)
+    return x, operator, operator.measure(x)
+
+
+def test_folds_follow_the_formula():
+    solver = small_solver(step_size=[0.5, 0.7], shrinkage=[0.1, -0.05])
+    x, operator, y = measurement()
+    expected = solver.x0.expand(2, -1, -1, -1)
+    for prox, mu, lam in zip(solver.proxes, (0.5, 0.7), (0.1, -0.05)):
+        x_tilde = expected + mu * (operator.mask * (y - operator.mask * expected))
+        latents = prox.glow(x_tilde)[0]
+        expected = prox.glow.inverse([z / (1 + lam) for z in latents])[0]
+    torch.testing.assert_close(solver(y, operator), expected)
+    solver.literal_last_fold = True
+    torch.testing.assert_close(solver(y, operator), x_tilde)
+
+
+def test_the_step_descends_the_data_term():
+    solver = small_solver(num_folds=1, shrinkage=0.0)
+    x, operator, y = measurement()
+    residual = (y - operator.A(solver.x0)).square().sum()
+    assert (y - operator.A(solver(y, operator))).square().sum() < residual
+
+
+def test_fold_reports_agree_with_the_flow():
+    solver = small_solver()
+    x, operator, y = measurement()
+    x_hat, folds = solver(y, operator, return_folds=True)
+    torch.testing.assert_close(x_hat, folds[-1].x)
+    glow = solver.proxes[1].glow
+    latents = glow(folds[1].x_tilde)[0]
+    norm = torch.cat([z.flatten(1) for z in latents], dim=1).norm(dim=1)
+    torch.testing.assert_close(folds[1].latent_norm_tilde, norm)
+    torch.testing.assert_close(folds[1].latent_norm, norm / 1.1)
+    torch.testing.assert_close(folds[1].log_prob, glow.log_prob(folds[1].x))
+
+
+@pytest.mark.parametrize("kind", ["glow", "unet", "resnet"])
+def test_every_parameter_gets_a_gradient(kind):
+    if kind == "glow":
+        solver = small_solver()
+    else:
+        torch.manual_seed(0)
+        make = {"unet": lambda: UNetProx(width=2), "resnet": lambda: ResNetProx(width=4)}[kind]
+        solver = UnfoldedPGD([make().double() for _ in range(2)], torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+    x, operator, y = measurement()
+    (solver(y, operator) - x).square().mean().backward()
+    for name, parameter in solver.named_parameters():
+        assert parameter.grad is not None, name
+    assert solver.step_size.grad.abs().min() > 0
+    assert kind != "glow" or solver.shrinkage.grad.abs().min() > 0
+
+
+def test_sizes_of_the_paper():
+    assert sum(p.numel() for p in UNetProx().parameters()) == 31_037_763
+    assert sum(p.numel() for p in ResNetProx(width=64).parameters()) == 156_995
+
+
+def test_the_fold_that_broke_is_named():
+    solver = small_solver()
+    x, operator, y = measurement()
+    with torch.no_grad():
+        solver.proxes[1].glow.levels[0][0].actnorm.bias[0] = float("nan")
+    assert find_nonfinite_fold(solver(y, operator, return_folds=True)[1]) == "fold 2: the proximal mapping"
+    solver = small_solver()
+    assert find_nonfinite_fold(solver(y, operator, return_folds=True)[1]) is None
+    assert (
+        find_nonfinite_fold(solver(y * float("nan"), operator, return_folds=True)[1])
+        == "fold 1: the data-consistency step"
+    )
+
+
+def test_measurements_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="do not fit x0"):
+        small_solver()(torch.zeros(1, 3, 8, 8, dtype=torch.float64), Denoising(0.1))
+    with pytest.raises(ValueError, match="height 24 and width 16"):
+        UNetProx(width=2)(torch.zeros(1, 3, 24, 16))
+
+
+def test_psnr_and_ssim():
+    x = torch.zeros(2, 3, 16, 16)
+    noisy = torch.stack([x[0] + 0.1, x[1] + 0.01])
+    torch.testing.assert_close(psnr(noisy, x), torch.tensor([20.0, 40.0]), atol=1e-3, rtol=0)
+    image = torch.rand(1, 3, 16, 16)
+    assert ssim(image, image)[0] == 1 and ssim(image, 1 - image)[0] < 0.5
