@@ -62,7 +62,7 @@ def image_grid(columns, below=None, row_labels=None):
     """Images side by side: {title: images of one column}. below: {title: one text an image}, row_labels: one a row."""
     num_rows, num_columns = max(map(len, columns.values())), len(columns)
     texts = below is not None
-    height = num_rows * (WIDTH / num_columns + 0.22 * texts) + 0.3
+    height = num_rows * (0.97 * WIDTH / num_columns + 0.2 * texts) + 0.3
     figure, axes = plt.subplots(num_rows, num_columns, figsize=(WIDTH, height), squeeze=False)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
     for column, (title, images) in zip(axes.T, columns.items()):
@@ -145,11 +145,12 @@ def psnr_dots(records, paper):
 
     records: solver records of one experiment; paper: {(task, setting, method): PSNR}, see results.paper_table."""
     settings = list(dict.fromkeys((task, setting) for task, setting, _ in paper))
-    proxes = [p for p in COLOURS if p != "glow-noisy" or any(r["prox"] == p for r in records)]
     ours = {(r["task"], r["setting"], r["prox"]): r["psnr"] for r in records}
-    height = 0.7 + len(settings) * (0.75 + 0.24 * len(proxes))
-    figure, axes = plt.subplots(len(settings), figsize=(WIDTH, height), squeeze=False)
-    for axis, (task, setting) in zip(axes[:, 0], settings):
+    rows = [[p for p in COLOURS if (*s, PROX_LABELS[p]) in paper or (*s, p) in ours] for s in settings]
+    heights = [0.85 + 0.25 * len(proxes) for proxes in rows]
+    size = (WIDTH, 0.7 + sum(heights))
+    figure, axes = plt.subplots(len(settings), figsize=size, squeeze=False, height_ratios=heights)
+    for axis, (task, setting), proxes in zip(axes[:, 0], settings, rows):
         for row, prox in enumerate(proxes):
             style = dict(color=COLOURS[prox], markersize=8, linestyle="none")
             if (task, setting, PROX_LABELS[prox]) in paper:
@@ -189,6 +190,6 @@ def html_table(rows, caption):
 
     body = "".join(cells("td", row.values()) for row in rows)
     return (
-        f'<table class="table"><caption>{html.escape(caption)}</caption>'
+        f'<table class="table"><caption><span class="caption-text">{html.escape(caption)}</span></caption>'
         f"<thead>{cells('th', rows[0])}</thead><tbody>{body}</tbody></table>"
     )

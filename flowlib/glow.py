@@ -4,8 +4,10 @@ import math
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from flowlib.layers import FlowStep, Split, Squeeze
+from flowlib.reversible import run_chain
 
 
 class Glow(nn.Module):
@@ -30,6 +32,7 @@ class Glow(nn.Module):
             last_level_steps=last_level_steps,
             scale=scale,
         )
+        self.memory = "plain"
         self.squeeze, self.split = Squeeze(), Split()
         self.levels = nn.ModuleList()
         channels = in_channels
@@ -64,15 +67,28 @@ class Glow(nn.Module):
             )
         self.latent_shapes(tuple(x.shape[2:]))
 
+    def _run(self, steps, x, inverse=False):
+        """A level's steps, or their inverses in reverse, in the chosen memory mode."""
+        if self.memory == "reversible" and torch.is_grad_enabled():
+            return run_chain(steps, x, inverse)
+        log_det = x.new_zeros(len(x))
+        for step in reversed(steps) if inverse else steps:
+            run = step.inverse if inverse else step
+            if self.memory == "checkpoint" and torch.is_grad_enabled():
+                x, step_log_det = checkpoint(run, x, use_reentrant=False)
+            else:
+                x, step_log_det = run(x)
+            log_det = log_det + step_log_det
+        return x, log_det
+
     def forward(self, x):
         """z = f(x): images (B, C, H, W) -> (latents, one tensor a level; log_det (B,) in nats)."""
         self._check(x)
         latents, log_det = [], x.new_zeros(len(x))
         for i, level in enumerate(self.levels):
             x = self.squeeze(x)
-            for step in level:
-                x, step_log_det = step(x)
-                log_det = log_det + step_log_det
+            x, level_log_det = self._run(level, x)
+            log_det = log_det + level_log_det
             if i < len(self.levels) - 1:
                 x, latent = self.split(x)
                 latents.append(latent)
@@ -87,9 +103,8 @@ class Glow(nn.Module):
         for i, level in reversed(list(enumerate(self.levels))):
             if i < expected - 1:
                 x = self.split.inverse(x, latents[i])
-            for step in reversed(level):
-                x, step_log_det = step.inverse(x)
-                log_det = log_det + step_log_det
+            x, level_log_det = self._run(level, x, inverse=True)
+            log_det = log_det + level_log_det
             x = self.squeeze.inverse(x)
         return x, log_det
 
@@ -147,3 +162,16 @@ def set_compute_dtype(model, dtype):
     for module in model.modules():
         if hasattr(module, "compute_dtype"):
             module.compute_dtype = dtype
+
+
+MEMORY_MODES = ("plain", "reversible", "checkpoint")
+
+
+def set_memory(model, mode):
+    """How every Glow in the model backpropagates: "plain" keeps all activations; "reversible" keeps one tensor a level
+    and recomputes the rest from it by inversion; "checkpoint" keeps each step's input, where the inverse is not trusted."""
+    if mode not in MEMORY_MODES:
+        raise ValueError(f"unknown memory mode {mode!r}; choose one of {', '.join(MEMORY_MODES)}")
+    for module in model.modules():
+        if isinstance(module, Glow):
+            module.memory = mode

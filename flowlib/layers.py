@@ -152,18 +152,19 @@ class AffineCoupling(nn.Module):
         self.log_scale_rule = LOG_SCALE_RULES[scale]
         self.net = CouplingNet(channels // 2, hidden_channels, channels)
 
-    def _log_scale_and_shift(self, x_b):
+    def log_scale_and_shift(self, x_b):
+        """(log s, t), each (B, C/2, H, W), of the half that passes unchanged."""
         raw = self.net(x_b)
         return self.log_scale_rule(raw[:, 0::2]), raw[:, 1::2]
 
     def forward(self, x):
         x_a, x_b = x.chunk(2, dim=1)
-        log_s, t = self._log_scale_and_shift(x_b)
+        log_s, t = self.log_scale_and_shift(x_b)
         return torch.cat([x_a * log_s.exp() + t, x_b], dim=1), log_s.sum(dim=(1, 2, 3))
 
     def inverse(self, y):
         y_a, y_b = y.chunk(2, dim=1)
-        log_s, t = self._log_scale_and_shift(y_b)
+        log_s, t = self.log_scale_and_shift(y_b)
         return torch.cat([(y_a - t) * (-log_s).exp(), y_b], dim=1), -log_s.sum(dim=(1, 2, 3))
 
 
@@ -184,16 +185,25 @@ class FlowStep(nn.Module):
         self.coupling.net.initialize(h.chunk(2, dim=1)[1])
         return self.coupling(h)[0]
 
-    def _linear_log_det(self, x):
+    def linear(self):
+        """ActNorm and 1x1 convolution as one: (weight (C, C), bias (C,))."""
+        weight = self.invconv.weight * self.actnorm.log_scale.exp()
+        return weight, weight @ self.actnorm.bias
+
+    def inverse_linear(self):
+        """Their inverse, likewise."""
+        return self.invconv.inverse_weight() * (-self.actnorm.log_scale).exp()[:, None], -self.actnorm.bias
+
+    def linear_log_det(self, x):
+        """Their log_det, the same for all images of x's size."""
         return (self.actnorm.log_scale.sum() + self.invconv.log_abs_det()) * x[0, 0].numel()
 
     def forward(self, x):
-        weight = self.invconv.weight * self.actnorm.log_scale.exp()
-        h = F.conv2d(x, weight[:, :, None, None], weight @ self.actnorm.bias)
-        y, log_det = self.coupling(h)
-        return y, log_det + self._linear_log_det(x)
+        weight, bias = self.linear()
+        y, log_det = self.coupling(F.conv2d(x, weight[:, :, None, None], bias))
+        return y, log_det + self.linear_log_det(x)
 
     def inverse(self, y):
         h, log_det = self.coupling.inverse(y)
-        weight = self.invconv.inverse_weight() * (-self.actnorm.log_scale).exp()[:, None]
-        return F.conv2d(h, weight[:, :, None, None], -self.actnorm.bias), log_det - self._linear_log_det(y)
+        weight, bias = self.inverse_linear()
+        return F.conv2d(h, weight[:, :, None, None], bias), log_det - self.linear_log_det(y)

@@ -14,7 +14,7 @@ from flowlib.metrics import mean_and_interval, psnr, ssim
 from flowlib.provenance import provenance
 from flowlib.training import batches, device, generator_for
 
-RESULTS = Path("results")  # recorded runs and the paper's own numbers, kept in the repository
+RESULTS = Path(__file__).parents[1] / "results"  # recorded runs and the paper's own numbers, kept in the repository
 
 
 def write_json(path, content):
@@ -170,7 +170,8 @@ def setting_text(setting):
 
 
 def plus_minus(value, digits=2):
-    return f"{value['mean']:.{digits}f} ± {value['half_width']:.{digits}f}"
+    """ "12.34 ± 0.56", with spaces that do not break."""
+    return f"{value['mean']:.{digits}f}\u00a0±\u00a0{value['half_width']:.{digits}f}"
 
 
 def table1(records):
@@ -203,7 +204,8 @@ def provenance_rows(records):
     """One row a run: what made it, on what, when and in what time."""
     return [
         {
-            "Run": f"{r['run']}/{r['name']}",
+            "Run": r["name"],
+            "Edition": r["experiment"]["edition"],
             "Commit": r["trained"]["commit"],
             "Profile": r["experiment"]["profile"],
             "Data set": r["experiment"]["dataset"],
@@ -248,7 +250,7 @@ def findings(records, what):
                     else ("the paper's order" if difference * paper > 0 else "**the opposite order**")
                 )
                 lines.append(
-                    f"- {task} ({setting.replace('_', chr(92) + '_')}), {PROX_LABELS[first]} against {PROX_LABELS[second]}: "
+                    f"- {task} ({setting_text(setting)}), {PROX_LABELS[first]} against {PROX_LABELS[second]}: "
                     f"paper {paper:+.2f} dB, {what} {difference:+.2f} ± {half_width:.2f} dB: {verdict}."
                 )
     return lines

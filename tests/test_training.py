@@ -152,7 +152,7 @@ def test_records_hold_what_the_tables_need(build, monkeypatch, tmp_path):
     assert record["folds"][-1]["psnr"] == pytest.approx(record["psnr"]["mean"], abs=1e-3)
     results.tabulate(run)
     row = next(r for r in results.table1(results.build_records(run)) if r["Method"] == "GLOW prox")
-    assert row["Paper, dB"] == "28.24" and row["Ours, dB"].startswith(f"{record['psnr']['mean']:.2f} ± ")
+    assert row["Paper, dB"] == "28.24" and row["Ours, dB"].startswith(f"{record['psnr']['mean']:.2f}\u00a0±")
     (run.directory("denoising", "unet") / "record.json").write_text("{")
     with pytest.raises(ValueError, match="is no result record"):
         results.build_records(run)

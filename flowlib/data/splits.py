@@ -13,9 +13,7 @@ def split_indices(num_images, train, val, test, held_out=None, seed=0):
     """
     held_out = max(val, test) if held_out is None else held_out
     if min(train, val, test) < 0 or held_out < max(val, test):
-        raise ValueError(
-            f"a pool of held_out={held_out} cannot hold val={val} or test={test} images: enlarge held_out"
-        )
+        raise ValueError(f"a pool of held_out={held_out} cannot hold val={val} or test={test} images: enlarge held_out")
     needed = train + 2 * held_out
     if num_images < needed:
         raise ValueError(

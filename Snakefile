@@ -1,0 +1,160 @@
+# From nothing to the book: prepare -> pretrain -> train -> evaluate -> tabulate -> notebooks -> stage -> book.
+# `make book` calls this file. One more way: snakemake --cores all --config profile=cpu dataset=celeba
+import sys
+from pathlib import Path
+
+PROFILE = config.get("profile", "demo")
+DATASET = config.get("dataset", "synthetic")
+EDITION = config.get("edition", "v2")
+SEED = config.get("seed", 0)
+BUILD = config.get("build", "build")
+
+TASKS = ["denoising", "inpainting", "deblurring"]
+PROXES = ["glow", "unet", "resnet"]
+# Every task with every prox, and denoising once more with the flow pre-trained on noisy images.
+TRAININGS = [f"{task}-{prox}" for task in TASKS for prox in PROXES] + ["denoising-glow-noisy"]
+NOTEBOOKS = ["01_data", "02_flow", "03_solver", "04_table1", "05_figure2"]
+TABLES = ["table1.csv", "table1_recorded.csv", "provenance.csv", "build.md", "findings.md"]
+
+RUN = f"{BUILD}/runs/{PROFILE}-{DATASET}-{EDITION}-s{SEED}"
+CHOICE = f"--profile {PROFILE} --dataset {DATASET} --edition {EDITION} --seed {SEED} --build {BUILD}"
+
+# Commands below are those of the Python that runs Snakemake.
+shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH; ")
+
+
+wildcard_constraints:
+    task="|".join(TASKS),
+    prox="|".join([*PROXES, "glow-noisy"]),
+
+
+rule all:
+    input:
+        expand(f"{RUN}/{{training}}/record.json", training=TRAININGS),
+        expand(f"{BUILD}/tables/{{table}}", table=TABLES),
+        expand(f"{BUILD}/executed/{{notebook}}.ipynb", notebook=NOTEBOOKS),
+        f"{BUILD}/html/.buildinfo",
+
+
+rule prepare:
+    output:
+        images=f"{BUILD}/data/{DATASET}/images.npy",
+        manifest=f"{BUILD}/data/{DATASET}/manifest.json",
+    shell:
+        f"python -m flowlib prepare {DATASET} --build {BUILD}"
+
+
+# A training takes every core (threads: workflow.cores), so trainings run one after another.
+rule pretrain:
+    input:
+        rules.prepare.output,
+    output:
+        f"{RUN}/flow/model.safetensors",
+        f"{RUN}/flow/log.csv",
+        f"{RUN}/flow/record.json",
+    threads: workflow.cores
+    shell:
+        f"python -m flowlib pretrain {CHOICE}"
+
+
+rule pretrain_noisy:
+    input:
+        rules.prepare.output,
+        rules.pretrain.output,
+    output:
+        f"{RUN}/flow-noisy/model.safetensors",
+        f"{RUN}/flow-noisy/log.csv",
+        f"{RUN}/flow-noisy/record.json",
+    threads: workflow.cores
+    shell:
+        f"python -m flowlib pretrain {CHOICE} --noisy"
+
+
+def flow_for(wildcards):
+    """Only the flow proxes start from a pre-trained flow."""
+    return {"glow": rules.pretrain.output, "glow-noisy": rules.pretrain_noisy.output}.get(wildcards.prox, [])
+
+
+rule train:
+    input:
+        rules.prepare.output,
+        flow_for,
+    output:
+        f"{RUN}/{{task}}-{{prox}}/model.safetensors",
+        f"{RUN}/{{task}}-{{prox}}/log.csv",
+    threads: workflow.cores
+    shell:
+        f"python -m flowlib train {CHOICE} --task {{wildcards.task}} --prox {{wildcards.prox}}"
+
+
+rule evaluate:
+    input:
+        rules.prepare.output,
+        rules.train.output,
+    output:
+        f"{RUN}/{{task}}-{{prox}}/record.json",
+    threads: workflow.cores
+    shell:
+        f"python -m flowlib evaluate {CHOICE} --task {{wildcards.task}} --prox {{wildcards.prox}}"
+
+
+rule tabulate:
+    input:
+        expand(f"{RUN}/{{training}}/record.json", training=["flow", "flow-noisy", *TRAININGS]),
+        recorded=sorted(str(path) for path in Path("results").rglob("*") if path.suffix in (".csv", ".json")),
+    output:
+        expand(f"{BUILD}/tables/{{table}}", table=TABLES),
+    shell:
+        f"python -m flowlib tabulate {CHOICE}"
+
+
+# Outputs of failed jobs are deleted, so papermill writes to the log: a failed notebook stays there to be read.
+rule notebook:
+    input:
+        rules.tabulate.output,
+        sorted(str(path) for path in Path("flowlib").rglob("*.py")),
+        notebook="notebooks/{notebook}.ipynb",
+    output:
+        f"{BUILD}/executed/{{notebook}}.ipynb",
+    log:
+        f"{BUILD}/logs/{{notebook}}.ipynb",
+    threads: workflow.cores
+    shell:
+        "papermill {input.notebook} {log} --no-progress-bar --log-level WARNING"
+        f" -p profile {PROFILE} -p dataset {DATASET} -p edition {EDITION} -p seed {SEED} -p build {BUILD}"
+        " && cp {log} {output}"
+
+
+# The book is built from a copy in which executed notebooks have taken the place of clean ones.
+rule stage:
+    input:
+        "_config.yml",
+        "_toc.yml",
+        sorted(str(path) for path in Path("book").rglob("*.*") if "__pycache__" not in path.parts),
+        rules.tabulate.input.recorded,
+        tables=rules.tabulate.output,
+        notebooks=expand(f"{BUILD}/executed/{{notebook}}.ipynb", notebook=NOTEBOOKS),
+    output:
+        directory(f"{BUILD}/stage"),
+    shell:
+        "mkdir -p {output}/notebooks {output}/tables {output}/results"
+        " && cp -r _config.yml _toc.yml book {output}"
+        " && if [ -d results ]; then cp -r results {output}; fi"
+        " && cp {input.notebooks} {output}/notebooks"
+        " && cp {input.tables} {output}/tables"
+
+
+# Built from empty, because incremental builds hide warnings. The old html stays until the new one is whole:
+# Snakemake deletes only the file named as output, which is Sphinx's own mark of a build.
+rule book:
+    input:
+        rules.stage.output,
+    output:
+        f"{BUILD}/html/.buildinfo",
+    log:
+        f"{BUILD}/logs/book.log",
+    shell:
+        f"rm -rf {BUILD}/_build"
+        " && (jupyter-book build {input} --path-output " + BUILD + " -W -n --keep-going > {log} 2>&1"
+        "     || {{ grep -E 'WARNING|ERROR|Error' {log} || tail -n 40 {log}; exit 1; }})"
+        f" && rm -rf {BUILD}/html && mv {BUILD}/_build/html {BUILD}/html && rm -r {BUILD}/_build"

@@ -1,0 +1,121 @@
+"""The book, built from nothing with warnings as errors: complete, linked, and filled in."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+from conftest import ROOT
+
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+PAGES = [TOC["root"]] + [chapter["file"] for part in TOC["parts"] for chapter in part["chapters"]]
+NOTEBOOKS = [page for page in PAGES if page.startswith("notebooks/")]
+
+
+class Page(HTMLParser):
+    """Links, ids and table cells of an html page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.ids, self.cells = [], set(), []
+        self.in_cell = False
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.links += [attributes[name] for name in ("href", "src") if attributes.get(name)]
+        self.ids |= {attributes[name] for name in ("id", "name") if attributes.get(name)}
+        if tag in ("td", "th"):
+            self.in_cell = True
+            self.cells.append("")
+        elif self.in_cell and tag in ("img", "svg"):
+            self.cells[-1] += tag
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.in_cell = False
+
+    def handle_data(self, data):
+        if self.in_cell:
+            self.cells[-1] += data
+
+
+@pytest.fixture(scope="session")
+def html(smoke_book):
+    return smoke_book / "html"
+
+
+@pytest.fixture(scope="session")
+def pages(html):
+    return {path: Page(path) for path in html.rglob("*.html") if "_static" not in path.parts}
+
+
+def test_no_warning(smoke_book):
+    log = (smoke_book / "logs/book.log").read_text()
+    assert "build succeeded" in log
+    assert "WARNING" not in log
+
+
+def test_every_page_of_the_contents_is_there(html):
+    assert (html / "index.html").is_file()
+    assert [page for page in PAGES if not (html / f"{page}.html").is_file()] == []
+
+
+def test_internal_links_resolve(html, pages):
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            url = urlsplit(link)
+            if url.scheme or url.netloc:
+                continue
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            lost = url.fragment and target in pages and unquote(url.fragment) not in pages[target].ids
+            if lost or not target.is_file():
+                broken.append((path.relative_to(html).as_posix(), link))
+    assert broken == []
+
+
+def test_nothing_is_loaded_from_elsewhere(pages):
+    url = r"=[\"']?(?:https?:)?//"
+    pattern = re.compile(rf"<(?:script|img|iframe)[^>]+src{url}|<link[^>]+stylesheet[^>]+href{url}")
+    assert [path.name for path in pages if pattern.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_notebook_ran_without_error(smoke_book, notebook):
+    cells = json.loads((smoke_book / f"executed/{notebook.split('/')[1]}.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
+    assert code
+    assert all(cell["execution_count"] for cell in code)
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert [output["ename"] for output in outputs if output["output_type"] == "error"] == []
+
+
+def test_table_cells_are_filled(html, pages):
+    tables = {path: page.cells for path, page in pages.items() if page.cells}
+    assert html / "book/build.html" in tables
+    assert html / "notebooks/04_table1.html" in tables
+    empty = {path.name: cells.count("") for path, cells in tables.items() if not all(cell.strip() for cell in cells)}
+    assert empty == {}
+
+
+def test_build_page_says_what_was_run(smoke_book, html):
+    page = (html / "book/build.html").read_text()
+    with open(smoke_book / "tables/provenance.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert "smoke" in {row["Profile"] for row in rows}
+    for row in rows:
+        assert row["Commit"] and row["Commit"] in page
+        assert row["Profile"] in page
+
+
+def test_snippets_of_the_user_guide_run():
+    """The Python snippets of book/use.md, one after another as a reader would type them."""
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "book/use.md").read_text(), re.DOTALL)
+    assert snippets
+    scope = {}
+    for snippet in snippets:
+        exec(compile(snippet, "book/use.md", "exec"), scope)

@@ -1,0 +1,79 @@
+"""The smoke book in a real browser: no errors, no request to elsewhere, fits wide and narrow, light and dark."""
+
+import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(smoke_book):
+    """Address of the book on a local server."""
+    handler = partial(QuietHandler, directory=smoke_book / "html")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def is_complaint(message):
+    return message.type == "error" or (message.type == "warning" and "mathjax" in message.text.lower())
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("path", ["index.html", "book/method.html", "notebooks/04_table1.html"])
+def test_page(browser, site, path, width, theme):
+    # The book's theme follows the system's unless the reader says otherwise.
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+    page = context.new_page()
+    problems = []
+    local = (site, "data:", "blob:")
+    page.on("console", lambda message: is_complaint(message) and problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(local) or problems.append(f"left: {request.url}"))
+    page.on("requestfailed", lambda request: problems.append(f"failed: {request.url}"))
+    page.on("response", lambda answer: answer.ok or problems.append(f"{answer.status}: {answer.url}"))
+
+    page.goto(site + path)
+    page.wait_for_selector("article h1")  # index.html forwards to the front page
+    page.wait_for_load_state("networkidle")
+    for image in page.locator("article img").all():
+        image.scroll_into_view_if_needed()
+
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
+    broken = "Array.from(document.images).filter(i => i.getClientRects().length && !i.naturalWidth).map(i => i.src)"
+    assert page.evaluate(broken) == []
+    assert all(table.is_visible() for table in page.locator("article table").all())
+    if page.locator("article .math").count():
+        page.wait_for_selector("article mjx-container")
+        assert page.locator("article .math:not(:has(mjx-container))").count() == 0
+        assert page.locator("mjx-merror").count() == 0
+    if path.endswith("04_table1.html"):
+        assert page.locator("article table").count()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert problems == []
+    context.close()

@@ -1,0 +1,103 @@
+"""Invertible backpropagation: the gradients of plain backpropagation, in memory that does not grow with depth."""
+
+import pytest
+import torch
+
+from flowlib import Glow, GlowProx, Inpainting, UnfoldedPGD
+from flowlib.glow import set_memory
+from tests.test_flow import randomize, small_glow
+
+
+def gradients(model, loss, x, mode):
+    set_memory(model, mode)
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    loss(model, x).backward()
+    return [x.grad, *[p.grad.clone() for p in model.parameters()]]
+
+
+def assert_same_gradients(model, loss, x, tolerance):
+    plain = gradients(model, loss, x, "plain")
+    for mode in ("reversible", "checkpoint"):
+        for expected, ours in zip(plain, gradients(model, loss, x, mode)):
+            assert (ours - expected).norm() <= tolerance * expected.norm()
+
+
+LOSSES = {
+    "forward": lambda glow, x: glow.bits_per_dim(x).mean() + sum((z**3).mean() for z in glow(x)[0]),
+    "inverse": lambda glow, x: sum((t**3).mean() for t in glow.inverse([x, x[:, :, ::2, ::2].repeat(1, 4, 1, 1)])),
+    "both": lambda glow, x: (glow.inverse([z * 0.9 for z in glow(x)[0]])[0] ** 3).sum(),
+}
+
+
+@pytest.mark.parametrize("scale", ["tanh", "sigmoid", "exp"])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_gradients_of_the_flow(loss, scale):
+    glow = small_glow(scale=scale, last_level_steps=2)
+    channels = 6 if loss is LOSSES["inverse"] else 3
+    x = torch.rand(2, channels, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.5
+    assert_same_gradients(glow, loss, x, 1e-6)
+
+
+def test_gradients_of_the_solver():
+    proxes = [GlowProx(small_glow()) for _ in range(3)]
+    solver = UnfoldedPGD(proxes, proxes[0].glow.mode(8))
+    operator = Inpainting(3, 8)
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.5
+    assert_same_gradients(solver, lambda s, x: (s(operator.A(x), operator) - x).square().mean(), x, 1e-6)
+
+
+def saved_bytes(glow, x):
+    """Bytes of distinct storages that autograd keeps between forward and backward, the parameters' apart."""
+    own = {p.untyped_storage().data_ptr() for p in glow.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = glow.bits_per_dim(x).mean()
+    total = sum(s.nbytes() for s in storages.values())
+    loss.backward()
+    return total
+
+
+def test_memory_does_not_grow_with_depth():
+    x = torch.rand(2, 3, 16, 16)
+
+    def kept(mode, steps):
+        torch.manual_seed(0)
+        glow = randomize(Glow(num_levels=2, num_steps=steps, hidden_channels=16), scale=0.05)
+        set_memory(glow, mode)
+        return saved_bytes(glow, x)
+
+    assert kept("reversible", 8) == kept("reversible", 2)
+    assert kept("plain", 8) > 2.5 * kept("plain", 2)
+    assert kept("reversible", 8) < kept("checkpoint", 8) < kept("plain", 8)
+
+
+def test_the_callers_input_is_left_alone():
+    glow = small_glow(torch.float32)
+    set_memory(glow, "reversible")
+    x = torch.rand(2, 3, 8, 8)
+    before = x.clone()
+    glow.bits_per_dim(x).mean().backward()
+    assert torch.equal(x, before)
+
+
+def test_hooks_on_parameters_fire_once():
+    glow = small_glow()
+    set_memory(glow, "reversible")
+    fired = []
+    for name, parameter in glow.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: fired.append(name))
+    glow.bits_per_dim(torch.rand(2, 3, 8, 8, dtype=torch.float64)).mean().backward()
+    assert sorted(fired) == sorted(name for name, _ in glow.named_parameters())
+
+
+def test_unknown_mode_is_named():
+    with pytest.raises(ValueError, match="choose one of plain, reversible, checkpoint"):
+        set_memory(small_glow(), "fast")
