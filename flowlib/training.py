@@ -144,7 +144,7 @@ def fit(model, groups, batch_loss, validation_loss, config, num_images, seed, di
 
 def finish(model, directory, summary, **info):
     """Writes the trained model with its summary, then drops what was kept to resume."""
-    save_checkpoint(directory / "model.safetensors", model, summary=summary, provenance=provenance(), **info)
+    save_checkpoint(directory / "model.safetensors", model, summary=summary, **info)
     (directory / "resume.safetensors").unlink(missing_ok=True)
 
 
@@ -164,7 +164,7 @@ def pretrain(experiment, noisy=False):
     config = profile.noisy_pretraining if noisy else profile.pretraining
     images = experiment.images()
     train, val = experiment.split("pretrain", images), experiment.split("val", images)[: config.val_images]
-    directory = experiment.flow_directory(noisy)
+    directory, started = experiment.flow_directory(noisy), provenance()
 
     def prepare(batch, purpose, step=0):
         generator = generator_for(seed, purpose, step)
@@ -191,7 +191,7 @@ def pretrain(experiment, noisy=False):
 
     groups = [{"params": list(glow.parameters()), "lr": config.lr}]
     summary = fit(glow, groups, batch_loss, validation_loss, config, len(train), seed, directory)
-    finish(glow, directory, summary, noisy=noisy, experiment=experiment.names)
+    finish(glow, directory, summary, noisy=noisy, provenance=started, experiment=experiment.names)
 
 
 def build_solver(experiment, prox, flow=None):
@@ -214,7 +214,7 @@ def build_solver(experiment, prox, flow=None):
 def train_unfolded(experiment, task, prox):
     """Trains the unfolded solver for one task end to end on the mean squared error to the clean image."""
     seed, config = experiment.seed, experiment.profile.unfolding[prox.split("-")[0]]
-    directory = experiment.directory(task, prox)
+    directory, started = experiment.directory(task, prox), provenance()
     images = experiment.images()
     train, val = (
         to_tensor(experiment.split("train", images)),
@@ -250,7 +250,7 @@ def train_unfolded(experiment, task, prox):
         {"params": scalars, "lr": config.scalar_lr},
     ]
     summary = fit(solver, groups, batch_loss, validation_loss, config, len(train), seed, directory, explain)
-    finish(solver, directory, summary, task=task, prox=prox, experiment=experiment.names)
+    finish(solver, directory, summary, task=task, prox=prox, provenance=started, experiment=experiment.names)
 
 
 def device():
