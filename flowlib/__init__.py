@@ -3,7 +3,8 @@
 __version__ = "0.1.0"
 
 from flowlib.checkpoints import load_checkpoint, save_checkpoint
-from flowlib.glow import Glow, set_compute_dtype
+from flowlib.glow import Glow, set_compute_dtype, set_memory
+from flowlib.glowip import load_glowip
 from flowlib.metrics import psnr, ssim
 from flowlib.operators import Blur, Denoising, Inpainting, LinearOperator
 from flowlib.prox import GlowProx, ResNetProx, UNetProx
@@ -20,8 +21,10 @@ __all__ = [
     "UNetProx",
     "UnfoldedPGD",
     "load_checkpoint",
+    "load_glowip",
     "psnr",
     "save_checkpoint",
     "set_compute_dtype",
+    "set_memory",
     "ssim",
 ]

@@ -1,7 +1,7 @@
 """Plots and tables of the notebooks: every function takes data and returns a matplotlib Figure (or HTML).
 
 Figures have a white background of their own, so that images look alike in a light and a dark page, and are
-drawn 6 inches wide with large type, so that they can still be read on a telephone."""
+drawn small with large type, so that they can still be read on a telephone."""
 
 import functools
 import html
@@ -19,9 +19,9 @@ from flowlib.results import setting_text
 COLOURS = {"resnet": "#E69F00", "unet": "#0072B2", "glow": "#009E73", "glow-noisy": "#CC79A7"}
 SHORT_LABELS = {"resnet": "ResNet", "unet": "U-Net", "glow": "GLOW", "glow-noisy": "GLOW, noisy"}
 GREY, INK = "#8A8A8A", "#222222"
-WIDTH = 6.0
+WIDTH = 5.2
 STYLE = {
-    "figure.dpi": 120,
+    "figure.dpi": 136,
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
     "axes.edgecolor": GREY,
@@ -66,7 +66,7 @@ def image_grid(columns, below=None, row_labels=None):
     figure, axes = plt.subplots(num_rows, num_columns, figsize=(WIDTH, height), squeeze=False)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
     for column, (title, images) in zip(axes.T, columns.items()):
-        column[0].set_title(title)
+        column[0].set_title(title, fontsize=11 if num_columns < 5 else 9)
         for row, axis in enumerate(column):
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
@@ -74,7 +74,7 @@ def image_grid(columns, below=None, row_labels=None):
                 continue
             axis.imshow(pixels(images[row]), interpolation="nearest")
             if texts and title in below:
-                axis.set_xlabel(below[title][row], labelpad=2)
+                axis.set_xlabel(below[title][row], labelpad=2, fontsize=10.5 if num_columns < 5 else 9)
     for label, axis in zip(row_labels or [], axes[:, 0]):
         axis.set_ylabel(label)
     return figure
@@ -120,7 +120,7 @@ def fold_curves(records):
     for column, record in zip(axes.T, records):
         colour, folds = COLOURS[record["prox"]], record["folds"]
         positions = np.arange(1, len(folds) + 1)
-        column[0].set_title(record["task"])
+        column[0].set_title(f"{record['task']}, {setting_text(record['setting'])}")
         column[-1].set(xlabel="fold k", xticks=positions)
         for axis, (key, label) in zip(column, quantities.items()):
             before, after = ([fold[k] for fold in folds] for k in (f"{key}_tilde", key))
@@ -150,6 +150,7 @@ def psnr_dots(records, paper):
     heights = [0.85 + 0.25 * len(proxes) for proxes in rows]
     size = (WIDTH, 0.7 + sum(heights))
     figure, axes = plt.subplots(len(settings), figsize=size, squeeze=False, height_ratios=heights)
+    figure.get_layout_engine().set(hspace=0.06)
     for axis, (task, setting), proxes in zip(axes[:, 0], settings, rows):
         for row, prox in enumerate(proxes):
             style = dict(color=COLOURS[prox], markersize=8, linestyle="none")
@@ -185,11 +186,15 @@ def difference_dots(differences):
 def html_table(rows, caption):
     """A list of dicts with the same keys as a table for IPython.display.HTML; alike in Lab and in the book."""
 
-    def cells(tag, values):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in values) + "</tr>"
+    def line(tag, values):
+        cells = ""
+        for text in map(str, values):
+            wrap = "nowrap" if len(text) < 16 else "normal"
+            cells += f'<{tag} style="text-align: left; white-space: {wrap}">{html.escape(text)}</{tag}>'
+        return f"<tr>{cells}</tr>"
 
-    body = "".join(cells("td", row.values()) for row in rows)
+    body = "".join(line("td", row.values()) for row in rows)
     return (
-        f'<table class="table"><caption><span class="caption-text">{html.escape(caption)}</span></caption>'
-        f"<thead>{cells('th', rows[0])}</thead><tbody>{body}</tbody></table>"
+        f'<table class="table dataframe"><caption><span class="caption-text">{html.escape(caption)}</span></caption>'
+        f"<thead>{line('th', rows[0])}</thead><tbody>{body}</tbody></table>"
     )

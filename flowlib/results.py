@@ -239,7 +239,7 @@ def findings(records, what):
     if not records:
         return lines
     edition = records[0]["experiment"]["edition"]
-    for task, setting in dict.fromkeys((r["task"], r["setting"]) for r in records if r["kind"] == "solver"):
+    for task, setting in dict.fromkeys(key[:2] for key in paper_table("I", edition)):
         for first, second in (("glow", "unet"), ("unet", "resnet")):
             found = compare(records, edition, task, setting, first, second)
             if found and found[2] is not None:

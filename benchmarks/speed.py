@@ -1,0 +1,134 @@
+"""Speed of the flow as ratios in one run: minima over alternating repeats, beside the floor and beside other packages.
+
+The floor is the coupling networks' convolutions alone (with ReLU), in the same memory format and dtype: no flow that
+evaluates these networks can be faster. Run on a quiet machine: python benchmarks/speed.py [--steps 18 --hidden 512]"""
+
+import argparse
+import json
+import time
+
+import torch
+from torch import nn
+
+from flowlib import Glow, set_compute_dtype
+from flowlib.glow import set_memory
+from flowlib.provenance import provenance
+from flowlib.results import RESULTS, write_json
+
+BATCH, SIZE = 8, 64
+
+
+class Floor(nn.Module):
+    """Only the convolutions of every coupling net of this geometry."""
+
+    def __init__(self, glow, dtype):
+        super().__init__()
+        self.shapes, self.nets = [], nn.ModuleList()
+        for level, (_, height, width) in zip(glow.levels, glow.latent_shapes(SIZE)):
+            for step in level:
+                net = step.coupling.net
+                convs = [net.conv1, net.conv2, net.conv3]
+                copies = [
+                    nn.Conv2d(c.in_channels, c.out_channels, c.kernel_size, padding=c.padding, dtype=dtype)
+                    for c in convs
+                ]
+                self.nets.append(
+                    nn.Sequential(copies[0], nn.ReLU(inplace=True), copies[1], nn.ReLU(inplace=True), copies[2])
+                )
+                self.shapes.append((net.conv1.in_channels, height, width))
+        self.to(memory_format=torch.channels_last)
+        self.dtype = dtype
+
+    def forward(self, x):
+        total = 0.0
+        for shape, net in zip(self.shapes, self.nets):
+            h = torch.rand(BATCH, *shape, dtype=self.dtype).to(memory_format=torch.channels_last)
+            h.requires_grad_(torch.is_grad_enabled())
+            y = net(h)
+            total = total + y.sum()
+        return total
+
+
+def timed(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def alternate(functions, repeats):
+    """{name: smallest seconds} over `repeats` rounds in which every function runs once."""
+    best = {}
+    for round_ in range(repeats + 1):
+        for name, function in functions.items():
+            seconds = timed(function)
+            if round_:  # the first round warms up
+                best[name] = min(seconds, best.get(name, seconds))
+    return best
+
+
+def matmul_peak(dtype, size=2048):
+    a, b = torch.randn(2, size, size).to(dtype)
+    seconds = min(timed(lambda: a @ b) for _ in range(8))
+    return 2 * size**3 / seconds / 1e9
+
+
+def glow_functions(glow, x, prefix):
+    with torch.no_grad():
+        latents = glow(x)[0]
+
+    def train():
+        glow.zero_grad()
+        glow.bits_per_dim(x).mean().backward()
+
+    return {
+        f"{prefix} forward": torch.no_grad()(lambda: glow(x)),
+        f"{prefix} inverse": torch.no_grad()(lambda: glow.inverse(latents)),
+        f"{prefix} training": train,
+    }
+
+
+def floor_functions(floor, prefix):
+    def train():
+        floor.zero_grad()
+        floor(None).backward()
+
+    return {f"{prefix} forward": torch.no_grad()(lambda: floor(None)), f"{prefix} training": train}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    x = torch.rand(BATCH, 3, SIZE, SIZE) - 0.5
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        glow = Glow(num_steps=args.steps, hidden_channels=args.hidden)
+        glow.initialize(x)
+        set_compute_dtype(glow, None if dtype == torch.float32 else dtype)
+        functions = floor_functions(Floor(glow, dtype), "floor") | glow_functions(glow, x, "flowlib")
+
+        def reversible(glow=glow):
+            set_memory(glow, "reversible")
+            glow.zero_grad()
+            glow.bits_per_dim(x).mean().backward()
+            set_memory(glow, "plain")
+
+        seconds = alternate(functions | {"flowlib reversible training": reversible}, args.repeats)
+        for key, value in seconds.items():
+            floor = seconds["floor training" if "training" in key else "floor forward"]
+            rows.append(
+                {"dtype": name, "what": key, "ms": round(1000 * value, 1), "times floor": round(value / floor, 3)}
+            )
+            print(rows[-1])
+    peaks = {str(d).removeprefix("torch."): round(matmul_peak(d)) for d in (torch.float32, torch.bfloat16)}
+    record = {"rows": rows, "matmul_gflops": peaks, "arguments": vars(args), "batch": BATCH, **provenance()}
+    write_json(RESULTS / "benchmarks" / "speed.json", record)
+    print(json.dumps(peaks))
+
+
+if __name__ == "__main__":
+    main()
