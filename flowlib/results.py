@@ -127,9 +127,9 @@ def record_solver(experiment, task, prox):
 
 
 def publish(experiment):
-    """Copies all records of an experiment into results/, to be kept with the code."""
+    """Copies all records of an experiment into results/runs/, to be kept with the code."""
     for path in sorted(experiment.runs.glob("*/record.json")):
-        write_json(RESULTS / experiment.runs.name / f"{path.parent.name}.json", json.loads(path.read_text()))
+        write_json(RESULTS / "runs" / experiment.runs.name / f"{path.parent.name}.json", json.loads(path.read_text()))
 
 
 def read_records(paths):
@@ -153,8 +153,8 @@ def build_records(experiment):
 
 
 def recorded():
-    """Records kept in results/."""
-    return read_records(sorted(RESULTS.glob("*/*.json")))
+    """Records kept in results/runs/."""
+    return read_records(sorted(RESULTS.glob("runs/*/*.json")))
 
 
 def paper_table(table, edition):
@@ -233,26 +233,56 @@ def compare(records, edition, task, setting, first="glow", second="unet"):
     return (*mean_and_interval([a - b for a, b in pairs]), paper[keys[0]] - paper[keys[1]] if in_paper else None)
 
 
-def findings(records, what):
-    """One Markdown bullet for each pair of methods that both we and the paper have."""
-    lines = []
-    if not records:
-        return lines
-    edition = records[0]["experiment"]["edition"]
-    for task, setting in dict.fromkeys(key[:2] for key in paper_table("I", edition)):
+def signed(value):
+    """The text "+1.20" or "−1.20", with a true minus sign."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def verdict(difference, half_width, paper):
+    """In words, whether a paired difference has the sign of the paper's."""
+    if abs(difference) < half_width:
+        return "not distinguishable"
+    return "the paper's order" if difference * paper > 0 else "**the opposite order**"
+
+
+def findings(records):
+    """Markdown: what one experiment's records say of the paper's order of methods, with the budget they had."""
+    experiment = records[0]["experiment"]
+    solvers = [r for r in records if r["kind"] == "solver"]
+    images = [r["training"]["images_seen"] for r in solvers]
+    minutes = [r["training"]["seconds"] / 60 for r in solvers]
+    paper = paper_table("I", experiment["edition"])
+    lines = [
+        f"Recorded runs of the profile **{experiment['profile']}** on **{experiment['dataset']}**, protocol of edition "
+        f"{experiment['edition']}. The budget is far below the paper's: each solver saw {min(images):,} to {max(images):,} "
+        f"images in {min(minutes):.0f} to {max(minutes):.0f} minutes. Mean PSNR in dB, differences over the same test "
+        "images with 95 % intervals:",
+        "",
+    ]
+    for task, setting in dict.fromkeys(key[:2] for key in paper):
+        found = {r["prox"]: r for r in solvers if (r["task"], r["setting"]) == (task, setting)}
+        if not found:
+            continue
+        values = ", ".join(
+            f"{PROX_LABELS[prox]} {r['psnr']['mean']:.2f}"
+            + (
+                f" (paper {paper[key]:.2f})"
+                if (key := (task, setting, PROX_LABELS[prox])) in paper
+                else " (ours alone)"
+            )
+            for prox in PROX_LABELS
+            if (r := found.get(prox))
+        )
+        line = f"- **{task}**, {setting_text(setting)}: {values}."
         for first, second in (("glow", "unet"), ("unet", "resnet")):
-            found = compare(records, edition, task, setting, first, second)
-            if found and found[2] is not None:
-                difference, half_width, paper = found
-                verdict = (
-                    "not distinguishable"
-                    if abs(difference) < half_width
-                    else ("the paper's order" if difference * paper > 0 else "**the opposite order**")
+            pair = compare(records, experiment["edition"], task, setting, first, second)
+            if pair and pair[2] is not None:
+                difference, half_width, in_paper = pair
+                line += (
+                    f" {PROX_LABELS[first]} over {PROX_LABELS[second]}: {signed(difference)} ± {half_width:.2f} "
+                    f"(paper {signed(in_paper)}): {verdict(*pair)}."
                 )
-                lines.append(
-                    f"- {task} ({setting_text(setting)}), {PROX_LABELS[first]} against {PROX_LABELS[second]}: "
-                    f"paper {paper:+.2f} dB, {what} {difference:+.2f} ± {half_width:.2f} dB: {verdict}."
-                )
+        lines.append(line)
     return lines
 
 
@@ -279,15 +309,9 @@ def tabulate(experiment):
         f"This build used the profile **{names['profile']}** on the data set **{names['dataset']}** with the protocol of edition "
         f"**{names['edition']}** ({experiment.edition.num_folds} folds; {experiment.split_sizes['train']} training, "
         f"{experiment.split_sizes['val']} validation and {experiment.split_sizes['test']} test images), seed {names['seed']}: "
-        f"{len(here)} trainings, {total:.1f} minutes in all. Recorded runs kept with the code: {len(kept)}"
-        + (f" ({', '.join(dict.fromkeys(r['run'] for r in kept))})." if kept else "."),
+        f"{len(here)} trainings, {total:.1f} minutes in all. Recorded runs kept with the code: {len(kept)}.",
     )
-    if main:
-        e = main[0]["experiment"]
-        what = f"ours (profile {e['profile']} on {e['dataset']}, protocol {e['edition']})"
-        lines = findings(main, what)
-    else:
-        lines = ["No run on real faces is recorded yet; see the page on this build for what was run."]
+    lines = findings(main) if main else ["No run on real faces is recorded yet; {doc}`build` shows what was run."]
     write_text(tables / "findings.md", "\n".join(lines))
 
 
