@@ -110,7 +110,7 @@ PROFILES = {
         pretraining=Training(num_steps=500, batch_size=16, lr=1e-3),
         noisy_pretraining=Training(num_steps=150, batch_size=16, lr=1e-3),
         unfolding={
-            "glow": Training(num_steps=100, batch_size=8, lr=5e-4, validate_every=50, warmup_steps=20),
+            "glow": Training(num_steps=100, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=50, warmup_steps=20),
             "unet": Training(num_steps=150, batch_size=8, lr=2e-3, validate_every=50, warmup_steps=20),
             "resnet": Training(num_steps=100, batch_size=8, lr=2e-3, validate_every=50, warmup_steps=20),
         },
@@ -124,7 +124,7 @@ PROFILES = {
         pretraining=Training(num_steps=3800, batch_size=32, lr=1e-3, validate_every=200),
         noisy_pretraining=Training(num_steps=600, batch_size=32, lr=5e-4, validate_every=200),
         unfolding={
-            "glow": Training(num_steps=320, batch_size=8, lr=3e-4, validate_every=80),
+            "glow": Training(num_steps=320, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=80),
             "unet": Training(num_steps=650, batch_size=8, lr=1e-3, validate_every=130),
             "resnet": Training(num_steps=900, batch_size=8, lr=1e-3, validate_every=150),
         },
