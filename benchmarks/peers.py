@@ -14,9 +14,10 @@ import torch
 from speed import alternate
 from torch import nn
 
+from flowlib.files import write_json
 from flowlib.layers import FlowStep
 from flowlib.provenance import provenance
-from flowlib.results import RESULTS, write_json
+from flowlib.results import RESULTS
 from flowlib.reversible import run_chain
 
 BATCH, CHANNELS, SIZE = 8, 12, 32

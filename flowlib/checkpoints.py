@@ -1,41 +1,16 @@
 """Checkpoints: tensors in safetensors, everything else as JSON in the same file's header, so that one rename is atomic."""
 
-import csv
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from flowlib.files import write_atomically
 from flowlib.glow import Glow
 from flowlib.prox import PROXES
 from flowlib.solver import UnfoldedPGD
-
-
-def write_atomically(path, write):
-    """Calls write(temporary_path), then renames it to path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_csv(path, rows):
-    """Writes a list of dicts with the same keys as a table."""
-
-    def write(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
 
 
 def save_tensors(path, tensors, header):

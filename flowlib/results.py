@@ -7,18 +7,15 @@ from pathlib import Path
 
 import torch
 
-from flowlib.checkpoints import load_checkpoint, load_tensors, write_atomically, write_csv
+from flowlib.checkpoints import load_checkpoint, load_tensors
 from flowlib.data import dequantize, to_tensor
 from flowlib.experiments import PROX_LABELS, TASKS
+from flowlib.files import write_csv, write_json, write_text
 from flowlib.metrics import mean_and_interval, psnr, ssim
 from flowlib.provenance import provenance
 from flowlib.training import batches, device, generator_for
 
 RESULTS = Path(__file__).parents[1] / "results"  # recorded runs and the paper's own numbers, kept in the repository
-
-
-def write_json(path, content):
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def statistics(values, digits=4):
@@ -313,7 +310,3 @@ def tabulate(experiment):
     )
     lines = findings(main) if main else ["No run on real faces is recorded yet; {doc}`build` shows what was run."]
     write_text(tables / "findings.md", "\n".join(lines))
-
-
-def write_text(path, text):
-    write_atomically(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))

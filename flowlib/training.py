@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flowlib.checkpoints import load_checkpoint, load_state, load_tensors, save_checkpoint, save_tensors, write_csv
+from flowlib.checkpoints import load_checkpoint, load_state, load_tensors, save_checkpoint, save_tensors
 from flowlib.data import dequantize, to_tensor
 from flowlib.experiments import TASKS
+from flowlib.files import write_csv
 from flowlib.glow import Glow, set_compute_dtype
 from flowlib.provenance import provenance
 from flowlib.prox import PROXES, GlowProx
