@@ -58,7 +58,8 @@ PROX_LABELS = {
 @dataclass(frozen=True)
 class Training:
     """Settings of one training. lr: of the networks; scalar_lr: of μ and λ; the rate rises over warmup_steps and, with
-    cosine, falls to zero at num_steps; patience: validations without improvement before it stops."""
+    cosine, falls to zero at num_steps; patience: validations without improvement before it stops. shrinkage: where λ starts;
+    last_conv_factor: rate of the coupling nets' last convolutions relative to lr (book/choices.md, "Learning rate")."""
 
     num_steps: int
     batch_size: int
@@ -67,6 +68,8 @@ class Training:
     warmup_steps: int = 50
     cosine: bool = True
     clip_norm: float = 1.0
+    shrinkage: float = 0.1
+    last_conv_factor: float = 1.0
     validate_every: int = 100
     val_images: int = 200
     patience: int = 10
@@ -87,6 +90,9 @@ class Profile:
     unfolding: dict[str, Training]
     images: dict = field(default_factory=dict)
 
+
+# What keeps the unfolded training of a flow from diverging at the rates that short trainings need.
+GENTLE = {"lr": 2e-4, "last_conv_factor": 0.1, "scalar_lr": 3e-3, "shrinkage": 0.03, "clip_norm": 0.1}
 
 PROFILES = {
     "smoke": Profile(
@@ -110,7 +116,7 @@ PROFILES = {
         pretraining=Training(num_steps=500, batch_size=16, lr=1e-3),
         noisy_pretraining=Training(num_steps=150, batch_size=16, lr=1e-3),
         unfolding={
-            "glow": Training(num_steps=100, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=50, warmup_steps=20),
+            "glow": Training(num_steps=100, batch_size=8, validate_every=50, warmup_steps=20, **GENTLE),
             "unet": Training(num_steps=150, batch_size=8, lr=2e-3, validate_every=50, warmup_steps=20),
             "resnet": Training(num_steps=100, batch_size=8, lr=2e-3, validate_every=50, warmup_steps=20),
         },
@@ -124,7 +130,7 @@ PROFILES = {
         pretraining=Training(num_steps=3800, batch_size=32, lr=1e-3, validate_every=200),
         noisy_pretraining=Training(num_steps=600, batch_size=32, lr=5e-4, validate_every=200),
         unfolding={
-            "glow": Training(num_steps=320, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=80),
+            "glow": Training(num_steps=300, batch_size=8, validate_every=75, warmup_steps=20, **GENTLE),
             "unet": Training(num_steps=650, batch_size=8, lr=1e-3, validate_every=130),
             "resnet": Training(num_steps=900, batch_size=8, lr=1e-3, validate_every=150),
         },

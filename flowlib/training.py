@@ -195,11 +195,11 @@ def pretrain(experiment, noisy=False):
     finish(glow, directory, summary, noisy=noisy, provenance=started, experiment=experiment.names)
 
 
-def build_solver(experiment, prox, flow=None):
+def build_solver(experiment, prox):
     """The untrained solver: K copies of the pre-trained flow and x_0 = g(0), or K fresh baselines and x_0 = 0."""
     profile, num_folds = experiment.profile, experiment.edition.num_folds
     if prox.startswith("glow"):
-        flow = flow or load_checkpoint(experiment.flow_directory(noisy=prox == "glow-noisy") / "model.safetensors")
+        flow = load_checkpoint(experiment.flow_directory(noisy=prox == "glow-noisy") / "model.safetensors")
         proxes = [GlowProx(flow), *(GlowProx(Glow(**flow.config)) for _ in range(num_folds - 1))]
         for other in proxes[1:]:
             other.glow.load_state_dict(flow.state_dict())
@@ -209,7 +209,17 @@ def build_solver(experiment, prox, flow=None):
         torch.manual_seed(experiment.seed)
         proxes = [PROXES[prox](**getattr(profile, prox)) for _ in range(num_folds)]
         x0 = torch.zeros(1, 3, 64, 64)
-    return UnfoldedPGD(proxes, x0)
+    return UnfoldedPGD(proxes, x0, shrinkage=profile.unfolding[prox.split("-")[0]].shrinkage)
+
+
+def parameter_groups(solver, config):
+    """The networks, the last convolutions of coupling nets, and the scalars μ and λ, each with its learning rate."""
+    groups = {"networks": [], "last": [], "scalars": []}
+    for name, parameter in solver.named_parameters():
+        last = ".net.conv3." in name or name.endswith(".net.log_scale")
+        groups["scalars" if name in ("step_size", "shrinkage") else "last" if last else "networks"].append(parameter)
+    rates = {"networks": config.lr, "last": config.lr * config.last_conv_factor, "scalars": config.scalar_lr}
+    return [{"params": groups[name], "lr": rates[name]} for name in groups if groups[name]]
 
 
 def train_unfolded(experiment, task, prox):
@@ -245,11 +255,7 @@ def train_unfolded(experiment, task, prox):
                 solver(measured(train[indices], "measure", step)[1], operator, return_folds=True)[1]
             )
 
-    scalars = [p for name, p in solver.named_parameters() if name in ("step_size", "shrinkage")]
-    groups = [
-        {"params": list(solver.proxes.parameters()), "lr": config.lr},
-        {"params": scalars, "lr": config.scalar_lr},
-    ]
+    groups = parameter_groups(solver, config)
     summary = fit(solver, groups, batch_loss, validation_loss, config, len(train), seed, directory, explain)
     finish(solver, directory, summary, task=task, prox=prox, provenance=started, experiment=experiment.names)
 
