@@ -92,7 +92,7 @@ class Profile:
 
 
 # What keeps the unfolded training of a flow from diverging at the rates that short trainings need.
-GENTLE = {"lr": 2e-4, "last_conv_factor": 0.1, "scalar_lr": 3e-3, "shrinkage": 0.03, "clip_norm": 0.1}
+GENTLE = {"lr": 2e-4, "last_conv_factor": 0.1, "scalar_lr": 2e-3, "shrinkage": 0.01, "clip_norm": 0.1}
 
 PROFILES = {
     "smoke": Profile(
@@ -132,7 +132,7 @@ PROFILES = {
         unfolding={
             "glow": Training(num_steps=300, batch_size=8, validate_every=75, warmup_steps=20, **GENTLE),
             "unet": Training(num_steps=650, batch_size=8, lr=1e-3, validate_every=130),
-            "resnet": Training(num_steps=900, batch_size=8, lr=1e-3, validate_every=150),
+            "resnet": Training(num_steps=800, batch_size=8, lr=1e-3, validate_every=160),
         },
     ),
     "paper": Profile(
