@@ -41,21 +41,23 @@ def _record(experiment, directory, name, **content):
 
 @torch.no_grad()
 def record_flow(experiment, noisy=False):
-    """Writes the record of a pre-trained flow: bits per dimension of the test images, and its round trip."""
+    """Writes the record of a pre-trained flow: bits per dimension of the test images, its round trip, and what shrinking
+    the latents by 1 + λ does to images, clean and not: their root-mean-square change."""
     directory = experiment.flow_directory(noisy)
     glow = load_checkpoint(directory / "model.safetensors").to(device())
     x = dequantize(experiment.split("test"), generator_for(experiment.seed, "test")).to(device())
     bits = torch.cat([glow.bits_per_dim(batch) for batch in batches(x, 50)])
     some = x[:50]
     noise = torch.randn(some.shape, generator=generator_for(experiment.seed, "round trip")).to(some)
-    round_trip = {
-        name: (glow.inverse(glow(image)[0])[0] - image).abs().max().item()
-        for name, image in {
-            "natural": some,
-            "noise 0.2": some + 0.2 * noise,
-            "constant": torch.zeros_like(some),
-        }.items()
-    }
+    inputs = {"natural": some, "noise 0.2": some + 0.2 * noise, "constant": torch.zeros_like(some)}
+    round_trip, response = {}, {}
+    for name, image in inputs.items():
+        latents, _ = glow(image)
+        round_trip[name] = (glow.inverse(latents)[0] - image).abs().max().item()
+        response[name] = {
+            str(lam): (glow.inverse([z / (1 + lam) for z in latents])[0] - image).square().mean().sqrt().item()
+            for lam in (0.001, 0.01, 0.1)
+        }
     _record(
         experiment,
         directory,
@@ -64,6 +66,7 @@ def record_flow(experiment, noisy=False):
         num_parameters=sum(p.numel() for p in glow.parameters()),
         bits_per_dim=statistics(bits.tolist()),
         round_trip=round_trip,
+        shrinkage_response=response,
     )
 
 
