@@ -151,7 +151,9 @@ PROFILES = {
         pretraining=Training(num_steps=200_000, batch_size=32, lr=1e-4, cosine=False, validate_every=1000),
         noisy_pretraining=Training(num_steps=50_000, batch_size=32, lr=1e-4, cosine=False, validate_every=1000),
         unfolding={
-            prox: Training(num_steps=100_000, batch_size=8, lr=1e-5, cosine=False, validate_every=500, bf16=False)
+            prox: Training(
+                num_steps=100_000, batch_size=8, lr=1e-5, shrinkage=0.01, cosine=False, validate_every=500, bf16=False
+            )
             for prox in ("glow", "unet", "resnet")
         },
     ),

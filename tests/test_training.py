@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from flowlib import data, results, training
 from flowlib.checkpoints import load_checkpoint, load_tensors
 from flowlib.experiments import Experiment
 from flowlib.training import batch_indices, generator_for, learning_rate_factor
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +157,20 @@ def test_records_hold_what_the_tables_need(build, monkeypatch, tmp_path):
     results.tabulate(run)
     row = next(r for r in results.table1(results.build_records(run)) if r["Method"] == "GLOW prox")
     assert row["Paper, dB"] == "28.24" and row["Ours, dB"].startswith(f"{record['psnr']['mean']:.2f}\u00a0±")
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    shutil.copy(ROOT / "results/paper.csv", tmp_path)
+    results.publish(run)
+    kept = results.recorded()
+    assert [r["name"] for r in kept] == ["denoising-glow", "denoising-unet", "flow"]
+    text = "\n".join(results.findings(kept))
+    difference = record["psnr"]["mean"] - kept[1]["psnr"]["mean"]
+    assert f"GLOW prox over U-Net prox: {results.signed(difference)} ±" in text and "(paper +0.06)" in text
     (run.directory("denoising", "unet") / "record.json").write_text("{")
     with pytest.raises(ValueError, match="is no result record"):
         results.build_records(run)
+
+
+def test_verdicts():
+    assert results.verdict(0.5, 0.1, 2.0) == "the paper's order"
+    assert results.verdict(-0.5, 0.1, 2.0) == "**the opposite order**"
+    assert results.verdict(0.05, 0.1, 2.0) == "not distinguishable"
