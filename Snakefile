@@ -13,7 +13,7 @@ TASKS = ["denoising", "inpainting", "deblurring"]
 PROXES = ["glow", "unet", "resnet"]
 # Every task with every prox, and denoising once more with the flow pre-trained on noisy images.
 TRAININGS = [f"{task}-{prox}" for task in TASKS for prox in PROXES] + ["denoising-glow-noisy"]
-NOTEBOOKS = ["01_data", "02_flow", "03_solver", "04_table1", "05_figure2"]
+NOTEBOOKS = ["01_data", "02_flow", "03_solver", "04_table1", "05_figure2", "06_engine"]
 TABLES = ["table1.csv", "table1_recorded.csv", "provenance.csv", "build.md", "findings.md"]
 
 RUN = f"{BUILD}/runs/{PROFILE}-{DATASET}-{EDITION}-s{SEED}"

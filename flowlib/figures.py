@@ -113,6 +113,17 @@ def training_curve(history, ylabel):
 
 
 @styled
+def lines(positions, values, xlabel, ylabel):
+    """One line for each name: values = {name: numbers at the positions}."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2))
+    for (name, numbers), colour in zip(values.items(), COLOURS.values()):
+        axis.plot(positions, numbers, color=colour, marker="o", label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, xticks=positions, ylim=(0, None))
+    axis.legend()
+    return figure
+
+
+@styled
 def fold_curves(records):
     """PSNR, latent norm and bits per dimension through the folds of flow solvers, one column a record."""
     quantities = {"psnr": "PSNR, dB", "latent_norm": "latent norm", "bits_per_dim": "bits per dimension"}

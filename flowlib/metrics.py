@@ -1,4 +1,4 @@
-"""Image quality, per image, and means with confidence intervals."""
+"""Image quality, per image; means with confidence intervals; memory of a backward pass."""
 
 import numpy as np
 import scipy.stats
@@ -28,3 +28,21 @@ def mean_and_interval(values, level=0.95):
     values = np.asarray(values, dtype=float)
     half_width = scipy.stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean()), float(half_width)
+
+
+def kept_bytes(model, function):
+    """Bytes that autograd keeps between function(model) and its backward pass, the parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held on to, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function(model)
+    total = sum(storage.nbytes() for storage in kept.values())
+    del result
+    return total

@@ -5,6 +5,7 @@ import torch
 
 from flowlib import Glow, GlowProx, Inpainting, UnfoldedPGD
 from flowlib.glow import set_memory
+from flowlib.metrics import kept_bytes
 from tests.test_flow import randomize, small_glow
 
 
@@ -47,24 +48,6 @@ def test_gradients_of_the_solver():
     assert_same_gradients(solver, lambda s, x: (s(operator.A(x), operator) - x).square().mean(), x, 1e-6)
 
 
-def saved_bytes(glow, x):
-    """Bytes of distinct storages that autograd keeps between forward and backward, the parameters' apart."""
-    own = {p.untyped_storage().data_ptr() for p in glow.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = glow.bits_per_dim(x).mean()
-    total = sum(s.nbytes() for s in storages.values())
-    loss.backward()
-    return total
-
-
 def test_memory_does_not_grow_with_depth():
     x = torch.rand(2, 3, 16, 16)
 
@@ -72,7 +55,7 @@ def test_memory_does_not_grow_with_depth():
         torch.manual_seed(0)
         glow = randomize(Glow(num_levels=2, num_steps=steps, hidden_channels=16), scale=0.05)
         set_memory(glow, mode)
-        return saved_bytes(glow, x)
+        return kept_bytes(glow, lambda flow: flow.bits_per_dim(x).mean())
 
     assert kept("reversible", 8) == kept("reversible", 2)
     assert kept("plain", 8) > 2.5 * kept("plain", 2)
