@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from flowlib.glow import standard_normal_log_prob
+
 
 class Fold(NamedTuple):
     """What one fold did, detached: x_tilde, x (B, C, H, W); for flow proxes also the latents' norm ||f(x_tilde)|| and
@@ -62,11 +64,10 @@ class UnfoldedPGD(nn.Module):
 def describe_fold(prox, shrinkage, x_tilde, x):
     if not prox.uses_shrinkage:
         return Fold(x_tilde.detach(), x.detach())
-    latents, _ = prox.glow(x_tilde)
+    latents, log_det = prox.glow(x_tilde)
     norm = sum(z.square().sum(dim=(1, 2, 3)) for z in latents).sqrt()
-    return Fold(
-        x_tilde.detach(), x.detach(), norm, norm / (1 + shrinkage), prox.glow.log_prob(x_tilde), prox.glow.log_prob(x)
-    )
+    log_prob_tilde = standard_normal_log_prob(latents) + log_det
+    return Fold(x_tilde.detach(), x.detach(), norm, norm / (1 + shrinkage), log_prob_tilde, prox.glow.log_prob(x))
 
 
 def find_nonfinite_fold(folds):
