@@ -179,6 +179,7 @@ def table1(records):
     edition = records[0]["experiment"]["edition"] if records else "v2"
     paper = paper_table("I", edition)
     ours = {(r["task"], r["setting"], PROX_LABELS[r["prox"]]): r for r in records if r["kind"] == "solver"}
+    diverged = {(r["task"], r["setting"], PROX_LABELS[r["prox"]]) for r in records if r["kind"] == "failed"}
     rows = []
     for key in [*paper, *(k for k in ours if k not in paper)]:
         task, setting, method = key
@@ -189,7 +190,7 @@ def table1(records):
                 "Setting": setting_text(setting),
                 "Method": method,
                 "Paper, dB": f"{paper[key]:.2f}" if key in paper else "–",
-                "Ours, dB": plus_minus(record["psnr"]) if record else "not run",
+                "Ours, dB": plus_minus(record["psnr"]) if record else "diverged" if key in diverged else "not run",
                 "SSIM": f"{record['ssim']['mean']:.3f}" if record else "–",
                 "Measured y, dB": f"{record['psnr_measurement']['mean']:.2f}" if record else "–",
                 "Images seen": f"{record['training']['images_seen']:,}" if record else "–",

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from flowlib.checkpoints import load_checkpoint, load_state, load_tensors, save_checkpoint, save_tensors
 from flowlib.data import dequantize, to_tensor
 from flowlib.experiments import TASKS
-from flowlib.files import write_csv
+from flowlib.files import write_csv, write_json
 from flowlib.glow import Glow, set_compute_dtype
 from flowlib.provenance import provenance
 from flowlib.prox import PROXES, GlowProx
@@ -48,7 +48,8 @@ def fit(model, groups, batch_loss, validation_loss, config, num_images, seed, di
     groups: optimizer parameter groups with their own lr. batch_loss(indices, step) -> scalar tensor;
     validation_loss() -> float. Writes directory/log.csv and, while it runs, directory/resume.safetensors every
     config.checkpoint_minutes; where that file lies, training goes on from it, and ValueError is raised if it belongs
-    to other settings. FloatingPointError, with explain(indices, step) as the reason, where loss or gradient is not finite."""
+    to other settings. Diverged (a FloatingPointError), with explain(indices, step) as the reason, where a loss or gradient is
+    not finite."""
     if num_images < config.batch_size:
         raise ValueError(
             f"{num_images} training images are fewer than one batch of {config.batch_size}: use more images"
@@ -97,9 +98,10 @@ def fit(model, groups, batch_loss, validation_loss, config, num_images, seed, di
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
             reason = explain(indices, step) if explain else None
-            raise FloatingPointError(
+            raise Diverged(
                 f"step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; first not finite: "
-                f"{reason or 'the gradient'}. Lower the learning rate, or start from a flow with the 'tanh' scale rule"
+                f"{reason or 'the gradient'}. Lower the learning rate, or start from a flow with the 'tanh' scale rule",
+                summarize(config, state),
             )
         optimizer.step()
         state["step"] = step + 1
@@ -131,16 +133,22 @@ def fit(model, groups, batch_loss, validation_loss, config, num_images, seed, di
     model.load_state_dict(best)
     model.eval()
     set_compute_dtype(model, None)
-    return dict(
-        training=asdict(config),
-        steps=state["step"],
-        images_seen=state["step"] * config.batch_size,
-        seconds=state["seconds"],
-        best_step=state["best_step"],
-        best_val_loss=state["best_loss"],
-        stopped_early=stopped_early,
-        history=state["history"],
-    )
+    return summarize(config, state) | dict(stopped_early=stopped_early)
+
+
+def summarize(config, state):
+    """What a record keeps of a training."""
+    return dict(training=asdict(config), images_seen=state["step"] * config.batch_size) | {
+        {"step": "steps", "best_loss": "best_val_loss"}.get(key, key): value for key, value in state.items()
+    }
+
+
+class Diverged(FloatingPointError):
+    """A loss or gradient that is not finite; `summary` is what the record of such a run keeps."""
+
+    def __init__(self, message, summary):
+        super().__init__(message)
+        self.summary = summary
 
 
 def finish(model, directory, summary, **info):
@@ -256,7 +264,15 @@ def train_unfolded(experiment, task, prox):
             )
 
     groups = parameter_groups(solver, config)
-    summary = fit(solver, groups, batch_loss, validation_loss, config, len(train), seed, directory, explain)
+    about = dict(task=TASKS[task].name, setting=TASKS[task].setting, prox=prox, experiment=experiment.names)
+    try:
+        summary = fit(solver, groups, batch_loss, validation_loss, config, len(train), seed, directory, explain)
+    except Diverged as error:
+        # A run that diverged is a result too: its record says so in the tables.
+        size = sum(p.numel() for p in solver.proxes[0].parameters())
+        record = about | dict(kind="failed", name=directory.name, reason=str(error), num_parameters=size)
+        write_json(directory / "record.json", record | dict(training=error.summary, trained=started))
+        raise
     finish(solver, directory, summary, task=task, prox=prox, provenance=started, experiment=experiment.names)
 
 

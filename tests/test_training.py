@@ -106,7 +106,11 @@ def test_a_loss_that_is_not_finite_names_the_fold(build, monkeypatch):
     monkeypatch.setattr(training, "build_solver", broken)
     with pytest.raises(FloatingPointError, match="step 0: .* fold 3: the proximal mapping"):
         training.train_unfolded(run, "inpainting", "glow")
-    assert not (run.directory("inpainting", "glow") / "log.csv.tmp").exists()
+    record = results.read_records([run.directory("inpainting", "glow") / "record.json"])[0]
+    assert record["kind"] == "failed" and record["training"]["steps"] == 0 and "fold 3" in record["reason"]
+    row = next(r for r in results.table1([record]) if (r["Task"], r["Method"]) == ("inpainting", "GLOW prox"))
+    assert row["Ours, dB"] == "diverged" and results.provenance_rows([record])[0]["Steps"] == "0"
+    (run.directory("inpainting", "glow") / "record.json").unlink()
 
 
 def test_noisy_pretraining_goes_on_from_the_clean_flow(build):
