@@ -275,7 +275,7 @@ def findings(records):
             if (r := found.get(prox))
         )
         line = f"- **{task}**, {setting_text(setting)}: {values}."
-        for first, second in (("glow", "unet"), ("unet", "resnet")):
+        for first, second in (("glow", "unet"), ("glow", "resnet"), ("unet", "resnet")):
             pair = compare(records, experiment["edition"], task, setting, first, second)
             if pair and pair[2] is not None:
                 difference, half_width, in_paper = pair
