@@ -68,9 +68,40 @@ def alternate(functions, repeats):
 
 
 def matmul_peak(dtype, size=2048):
+    """GFLOP/s of a large matrix product: what this machine can do at best."""
     a, b = torch.randn(2, size, size).to(dtype)
-    seconds = min(timed(lambda: a @ b) for _ in range(8))
-    return 2 * size**3 / seconds / 1e9
+    return 2 * size**3 / min(timed(lambda: a @ b) for _ in range(8)) / 1e9
+
+
+def bandwidth(size=2**27):
+    """GB/s of copying a tensor much larger than the caches, reading and writing."""
+    a, b = torch.zeros(2, size, dtype=torch.uint8)
+    return 2 * size / min(timed(lambda: b.copy_(a)) for _ in range(8)) / 1e9
+
+
+@torch.no_grad()
+def roofline(glow, dtype, repeats):
+    """For each convolution of the first coupling net of every level: floating-point operations for each byte that must
+    at least be moved, and GFLOP/s reached."""
+    rows = []
+    for level, (_, height, width) in enumerate(glow.latent_shapes(SIZE)):
+        net = glow.levels[level][0].coupling.net
+        for name in ("conv1", "conv2", "conv3"):
+            theirs = getattr(net, name)
+            shape = (theirs.in_channels, theirs.out_channels, theirs.kernel_size)
+            conv = nn.Conv2d(*shape, padding=theirs.padding, dtype=dtype).to(memory_format=torch.channels_last)
+            x = torch.randn(BATCH, theirs.in_channels, height, width).to(dtype, memory_format=torch.channels_last)
+            y = conv(x)
+            flops = 2 * y.numel() * conv.weight[0].numel()
+            num_bytes = sum(t.numel() * t.element_size() for t in (x, y, conv.weight))
+            seconds = min(timed(lambda conv=conv, x=x: conv(x)) for _ in range(4 * repeats))
+            reached = {"flops_per_byte": round(flops / num_bytes, 1), "gflops": round(flops / seconds / 1e9, 1)}
+            rows.append({"dtype": name_of(dtype), "level": level + 1, "conv": name} | reached)
+    return rows
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def glow_functions(glow, x, prefix):
@@ -104,9 +135,8 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     x = torch.rand(BATCH, 3, SIZE, SIZE) - 0.5
-    rows = []
+    rows, roof = [], []
     for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
         glow = Glow(num_steps=args.steps, hidden_channels=args.hidden)
         glow.initialize(x)
         set_compute_dtype(glow, None if dtype == torch.float32 else dtype)
@@ -118,17 +148,21 @@ def main():
             glow.bits_per_dim(x).mean().backward()
             set_memory(glow, "plain")
 
-        seconds = alternate(functions | {"flowlib reversible training": reversible}, args.repeats)
+        seconds = alternate(functions | {"flowlib training, reversible": reversible}, args.repeats)
         for key, value in seconds.items():
             floor = seconds["floor training" if "training" in key else "floor forward"]
-            rows.append(
-                {"dtype": name, "what": key, "ms": round(1000 * value, 1), "times floor": round(value / floor, 3)}
-            )
+            row = {"dtype": name_of(dtype), "what": key, "ms": round(1000 * value, 1)}
+            rows.append(row | {"times_floor": round(value / floor, 3)})
             print(rows[-1])
-    peaks = {str(d).removeprefix("torch."): round(matmul_peak(d)) for d in (torch.float32, torch.bfloat16)}
-    record = {"rows": rows, "matmul_gflops": peaks, "arguments": vars(args), "batch": BATCH, **provenance()}
-    write_json(RESULTS / "benchmarks" / "speed.json", record)
-    print(json.dumps(peaks))
+        roof += roofline(glow, dtype, args.repeats)
+    machine = {
+        "matmul_gflops": {name_of(d): round(matmul_peak(d)) for d in (torch.float32, torch.bfloat16)},
+        "bandwidth_gb_per_s": round(bandwidth(), 1),
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(machine))
+    about = {"arguments": vars(args), "batch": BATCH, "image_size": SIZE, **provenance()}
+    write_json(RESULTS / "benchmarks" / "speed.json", {"rows": rows, "roofline": roof, "machine": machine, **about})
 
 
 if __name__ == "__main__":

@@ -1,26 +1,43 @@
-"""Which scale rule survives inputs that are no images? Trains one small flow for each rule on the same data and steps, then
-inverts what it maps, and starts unfolded training from it. Run: python benchmarks/stability.py --dataset celeba"""
+"""Which scale rule survives inputs that are no images? Pre-trains one flow for each rule on the same images and steps, inverts
+what it maps, shrinks its latents, and starts unfolded training from it. Run: python benchmarks/stability.py --dataset celeba
+
+Flows and trainings lie under build/stability; what is there is not trained again."""
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
 
 from flowlib import data
-from flowlib.checkpoints import load_checkpoint
-from flowlib.experiments import TASKS, Experiment
+from flowlib.checkpoints import load_checkpoint, load_tensors
+from flowlib.experiments import Experiment, Training
 from flowlib.files import write_json
 from flowlib.operators import Blur, Inpainting
 from flowlib.provenance import provenance
 from flowlib.results import RESULTS
-from flowlib.training import generator_for, pretrain, train_unfolded
+from flowlib.training import Diverged, generator_for, pretrain, train_unfolded
 
-RULES = ("tanh", "sigmoid", "exp")
+# What is tried, by name: settings of the flow, and of its pre-training.
+RULES = {
+    "sigmoid": (dict(scale="sigmoid"), {}),
+    "exp": (dict(scale="exp"), {}),
+    "tanh-1": (dict(max_log_scale=1.0), {}),
+    "tanh-1-weight-decay": (dict(max_log_scale=1.0), dict(weight_decay=0.5)),
+    "tanh-0.5": (dict(max_log_scale=0.5), {}),
+    "tanh-0.25": (dict(max_log_scale=0.25), {}),
+}
+SHRINKAGES = (0.001, 0.01, 0.1)
+TASKS = ("denoising", "inpainting", "deblurring")
+# On purpose without the care that the profiles take: λ from 0.1, one learning rate, clipping at 1.
+UNFOLDED = Training(
+    num_steps=40, batch_size=8, lr=2e-4, warmup_steps=50, cosine=False, validate_every=20, val_images=50
+)
 
 
 def inputs(x):
-    """What a solver may hand to the flow: (B, 3, 64, 64) each."""
+    """What a solver may hand to the flow, by name: each like x, (B, 3, 64, 64)."""
     generator = generator_for(0, "stability")
     noise = torch.randn(x.shape, generator=generator)
     return {
@@ -35,68 +52,91 @@ def inputs(x):
 
 
 @torch.no_grad()
-def round_trips(glow, x):
-    """For every kind of input: largest error of g(f(x)) in float32, and the rms of the latents of the finest level."""
+def describe(glow, x):
+    """For every kind of input: the largest error of g(f(x)) in float32, the rms of the finest latents, and the rms change of
+    the image for each unit of λ when its latents are divided by 1 + λ."""
     rows = {}
     for name, image in inputs(x).items():
         latents, _ = glow(image)
-        error = (glow.inverse(latents)[0] - image).abs().max().item()
-        rows[name] = {"error": error, "latent_rms": latents[0].square().mean().sqrt().item()}
+
+        def change(shrinkage, latents=latents, image=image):
+            return glow.inverse([z / (1 + shrinkage) for z in latents])[0] - image
+
+        response = [change(lam).square().mean().sqrt().item() / lam for lam in SHRINKAGES]
+        rows[name] = {
+            "round_trip": change(0.0).abs().max().item(),
+            "latent_rms": latents[0].square().mean().sqrt().item(),
+            "response": dict(zip(map(str, SHRINKAGES), response)),
+        }
     return rows
+
+
+def conditioning(glow):
+    """Largest condition number of a 1x1 convolution, and largest |log scale| of an ActNorm between them."""
+    steps = [step for level in glow.levels for step in level]
+    return {
+        "condition_number": max(float(torch.linalg.cond(step.invconv.weight.detach())) for step in steps),
+        "actnorm_log_scale": max(float(step.actnorm.log_scale.detach().abs().max()) for step in steps),
+    }
+
+
+def unfolded(experiment, task):
+    """{"psnr": of the validation images after the last step}, or {"diverged": at which step, "reason"}."""
+    directory = experiment.directory(task, "glow")
+    if not (directory / "model.safetensors").exists() and not (directory / "record.json").exists():
+        try:
+            train_unfolded(experiment, task, "glow")
+        except Diverged:
+            pass
+    if (directory / "record.json").exists():
+        record = json.loads((directory / "record.json").read_text())
+        return {"diverged": record["training"]["steps"], "reason": record["reason"]}
+    history = load_tensors(directory / "model.safetensors")[1]["info"]["summary"]["history"]
+    return {"psnr": -10 * torch.tensor(history[-1]["val_loss"]).log10().item()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="synthetic")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--unfolded-steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--build", default="build/stability")
-    parser.add_argument("--mid-flow", help="a trained flow's model.safetensors, whose round trips are added")
+    parser.add_argument("--mid-flow", help="a longer trained flow's model.safetensors, to be described beside them")
     args = parser.parse_args()
     rows = []
-    for rule in RULES:
-        experiment = Experiment("demo", args.dataset, "v1", build=Path(args.build) / rule)
+    for rule, (config, overrides) in RULES.items():
+        experiment = Experiment("cpu", args.dataset, "v1", build=Path(args.build) / rule)
         out = experiment.build / "data" / args.dataset
         if not (out / "manifest.json").exists():
-            data.prepare_named(args.dataset, out, num_images=2400)
+            data.prepare_named(args.dataset, out, num_images=10_000)
         profile = experiment.profile
-        glow_training = profile.unfolding["glow"]
-        experiment.profile = dataclasses.replace(
-            profile,
-            flow=profile.flow | {"scale": rule},
-            pretraining=dataclasses.replace(profile.pretraining, num_steps=args.steps, patience=100),
-            unfolding={"glow": dataclasses.replace(glow_training, num_steps=args.unfolded_steps, validate_every=10)},
+        pretraining = dataclasses.replace(
+            profile.pretraining, num_steps=args.steps, batch_size=16, patience=100, validate_every=500, **overrides
         )
-        if not (experiment.flow_directory() / "model.safetensors").exists():
-            pretrain(experiment)
-        glow = load_checkpoint(experiment.flow_directory() / "model.safetensors")
-        row = {"rule": rule, "num_steps": args.steps, "unfolded": {}}
-        x = data.to_tensor(experiment.split("test"))
+        flow = profile.flow | {"hidden_channels": 64} | config
+        experiment.profile = dataclasses.replace(
+            profile, flow=flow, pretraining=pretraining, unfolding={"glow": UNFOLDED}
+        )
+        path = experiment.flow_directory() / "model.safetensors"
+        try:
+            if not path.exists():
+                pretrain(experiment)
+        except Diverged as error:
+            rows.append({"rule": rule, "diverged": str(error)})
+            continue
+        glow = load_checkpoint(path)
+        test = data.dequantize(experiment.split("test"), generator_for(0, "test"))
         with torch.no_grad():
-            row["bits_per_dim"] = torch.cat([glow.bits_per_dim(b) for b in x.split(32)]).mean().item()
-        row["round_trips"] = round_trips(glow, x[:16])
-        for task in ("denoising", "inpainting", "deblurring"):
-            try:
-                train_unfolded(experiment, task, "glow")
-                model = load_checkpoint(experiment.directory(task, "glow") / "model.safetensors")
-                operator = TASKS[task].make_operator(64)
-                with torch.no_grad():
-                    x_hat = model(operator.measure(x[:32], generator_for(0, "stability")), operator)
-                error = (x_hat - x[:32]).square().mean().item()
-                row["unfolded"][task] = (
-                    f"alive after {args.unfolded_steps} steps, {-10 * torch.tensor(error).log10():.1f} dB"
-                )
-            except FloatingPointError as error:
-                row["unfolded"][task] = str(error).split(". Lower")[0]
-        print(row)
-        rows.append(row)
-    mid = {}
+            bits = torch.cat([glow.bits_per_dim(batch) for batch in test.split(50)]).mean().item()
+        row = {"rule": rule, "bits_per_dim": bits, **conditioning(glow), "inputs": describe(glow, test[:32])}
+        rows.append(row | {"unfolded": {task: unfolded(experiment, task) for task in TASKS}})
+        print(rows[-1])
+    record = {"rows": rows, "num_images": args.steps * 16, "unfolded_training": dataclasses.asdict(UNFOLDED)}
+    record |= {"num_parameters": sum(p.numel() for p in glow.parameters()), "split": experiment.split_sizes}
     if args.mid_flow:
         glow = load_checkpoint(args.mid_flow)
-        mid = {"config": glow.config, "round_trips": round_trips(glow, x[:16])}
-        print(mid)
-    record = {"rows": rows, "mid": mid, "arguments": vars(args), **provenance()}
-    write_json(RESULTS / "benchmarks" / "stability.json", record)
+        record["mid"] = {"config": glow.config, **conditioning(glow), "inputs": describe(glow, test[:32])}
+        record["mid"]["training"] = load_tensors(args.mid_flow)[1]["info"]["summary"]["images_seen"]
+    write_json(RESULTS / "benchmarks" / "stability.json", record | {"arguments": vars(args)} | provenance())
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ def main(argv=None):
 
     for name, help in {
         "pretrain": "pre-train the flow by likelihood",
-        "train": "train the unfolded solver for one task and prox",
-        "evaluate": "evaluate it on the test images and write its record",
+        "train": "train the unfolded solver for one task and prox, and evaluate it",
+        "evaluate": "evaluate it again on the test images and write its record",
         "tabulate": "write the tables of all records",
         "publish": "copy the records of an experiment into results/",
     }.items():
@@ -60,6 +60,7 @@ def main(argv=None):
         results.record_flow(experiment, noisy)
     elif command == "train":
         training.train_unfolded(experiment, task, prox)
+        results.record_solver(experiment, task, prox)
     elif command == "evaluate":
         results.record_solver(experiment, task, prox)
     else:

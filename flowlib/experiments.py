@@ -68,6 +68,7 @@ class Training:
     warmup_steps: int = 50
     cosine: bool = True
     clip_norm: float = 1.0
+    weight_decay: float = 0.0
     shrinkage: float = 0.1
     last_conv_factor: float = 1.0
     validate_every: int = 100

@@ -194,6 +194,38 @@ def difference_dots(differences):
     return figure
 
 
+@styled
+def response_dots(rows):
+    """How strongly each kind of input answers to shrinkage, one marker a scale rule: rows of benchmarks/stability.json."""
+    names = list(rows[0]["inputs"])
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.42 * len(names)))
+    for row, marker, colour in zip(rows, "sDov^P", [GREY, INK, *COLOURS.values()]):
+        response = [row["inputs"][name]["response"]["0.01"] for name in names]
+        axis.plot(response, range(len(names)), marker, color=colour, label=row["rule"], alpha=0.85)
+    axis.set(xscale="log", xlabel="change of the image / λ", yticks=range(len(names)), yticklabels=names)
+    axis.invert_yaxis()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+@styled
+def roofline(rows, machine):
+    """GFLOP/s of each convolution over its arithmetic intensity, under the limits measured on the same machine: rows and
+    machine as in benchmarks/speed.json."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.8))
+    intensity = np.geomspace(2, 2000, 100)
+    for dtype, colour in (("float32", COLOURS["unet"]), ("bfloat16", COLOURS["resnet"])):
+        limit = np.minimum(machine["matmul_gflops"][dtype], machine["bandwidth_gb_per_s"] * intensity)
+        axis.plot(intensity, limit, color=colour, lw=1.2, label=f"{dtype}: limit")
+        for conv, marker in (("conv1", "^"), ("conv2", "o"), ("conv3", "v")):
+            points = [r for r in rows if (r["dtype"], r["conv"]) == (dtype, conv)]
+            style = dict(color=colour, mfc="white", label=f"{dtype}: {conv}")
+            axis.plot([r["flops_per_byte"] for r in points], [r["gflops"] for r in points], marker, **style)
+    axis.set(xscale="log", yscale="log", xlabel="operations for each byte moved", ylabel="GFLOP/s")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
+    return figure
+
+
 def html_table(rows, caption):
     """A list of dicts with the same keys as a table for IPython.display.HTML; alike in Lab and in the book."""
 

@@ -16,14 +16,23 @@ class Glow(nn.Module):
     Each of the num_levels levels squeezes, applies num_steps flow steps and, but for the last, splits half of
     the channels off as a latent. The last level has last_level_steps steps (one, as the reference code builds
     it: with num_levels 4, num_steps 18 and 512 hidden channels that gives the paper's 25.77 M parameters).
-    scale: the coupling's scale rule, "tanh" | "sigmoid" | "exp", see AffineCoupling.
+    scale: the coupling's scale rule, "tanh" | "sigmoid" | "exp", see AffineCoupling. max_log_scale: bound of "tanh";
+    None is 2 / num_steps, so that the scales of one level's couplings multiply to between e^-2 and e^2.
 
     Raises ValueError where x is not (B, in_channels, H, W) with H and W divisible by 2^num_levels."""
 
     def __init__(
-        self, in_channels=3, num_levels=4, num_steps=18, hidden_channels=512, last_level_steps=1, scale="tanh"
+        self,
+        in_channels=3,
+        num_levels=4,
+        num_steps=18,
+        hidden_channels=512,
+        last_level_steps=1,
+        scale="tanh",
+        max_log_scale=None,
     ):
         super().__init__()
+        max_log_scale = max_log_scale or 2 / num_steps
         self.config = dict(
             in_channels=in_channels,
             num_levels=num_levels,
@@ -31,6 +40,7 @@ class Glow(nn.Module):
             hidden_channels=hidden_channels,
             last_level_steps=last_level_steps,
             scale=scale,
+            max_log_scale=max_log_scale,
         )
         self.memory = "plain"
         self.squeeze, self.split = Squeeze(), Split()
@@ -39,7 +49,8 @@ class Glow(nn.Module):
         for level in range(num_levels):
             channels *= 4
             steps = num_steps if level < num_levels - 1 else last_level_steps
-            self.levels.append(nn.ModuleList(FlowStep(channels, hidden_channels, scale) for _ in range(steps)))
+            chain = (FlowStep(channels, hidden_channels, scale, max_log_scale) for _ in range(steps))
+            self.levels.append(nn.ModuleList(chain))
             channels //= 2
         self.to(memory_format=torch.channels_last)
 

@@ -62,17 +62,30 @@ class ActNorm(nn.Module):
 class InvConv1x1(nn.Module):
     """Invertible 1x1 convolution y = W x at every pixel; W (C, C) starts as a random rotation.
 
-    The inverse and log |det W| are computed in float64, then cast."""
+    The inverse and log |det W| are computed in float64, then cast, and kept for as long as W does not change. A change is
+    seen by W's version counter, which only writes through W.data escape: use torch.no_grad() and copy_ instead."""
 
     def __init__(self, channels):
         super().__init__()
         self.weight = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0])
+        self._kept = {}
+
+    def _cached(self, name, compute):
+        """compute(W in float64), from the cache where no gradient is asked for."""
+        weight = self.weight
+        if (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():
+            return compute(weight.double()).to(weight.dtype)
+        state = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
+        if self._kept.get(name, (None,))[0] != state:
+            with torch.no_grad():
+                self._kept[name] = state, compute(weight.double()).to(weight.dtype)
+        return self._kept[name][1]
 
     def inverse_weight(self):
-        return torch.linalg.inv(self.weight.double()).to(self.weight.dtype)
+        return self._cached("inverse", lambda weight: torch.linalg.inv_ex(weight).inverse)  # inv would wait for a GPU
 
     def log_abs_det(self):
-        return torch.linalg.slogdet(self.weight.double()).logabsdet.to(self.weight.dtype)
+        return self._cached("log_abs_det", lambda weight: torch.linalg.slogdet(weight).logabsdet)
 
     def forward(self, x):
         return F.conv2d(x, self.weight[:, :, None, None]), self.log_abs_det() * x[0, 0].numel() * x.new_ones(len(x))
@@ -124,38 +137,28 @@ class CouplingNet(nn.Module):
         return F.conv2d(h, weight, ((conv.bias + shift) * scale).to(h.dtype), padding=conv.padding)
 
 
-def _log_scale_tanh(raw):
-    return torch.tanh(raw)
-
-
-def _log_scale_sigmoid(raw):
-    return F.logsigmoid(raw + 2)
-
-
-def _log_scale_exp(raw):
-    return raw
-
-
-LOG_SCALE_RULES = {"tanh": _log_scale_tanh, "sigmoid": _log_scale_sigmoid, "exp": _log_scale_exp}
+SCALE_RULES = ("tanh", "sigmoid", "exp")
 
 
 class AffineCoupling(nn.Module):
     """y_a = s x_a + t, y_b = x_b with (log s, t) = NN(x_b), equation (13); log_det = Σ log s.
 
-    scale: "tanh", log s = tanh(raw), bounded so that inverting stays well conditioned far from the data;
-    "exp", log s = raw, as the paper prints it; "sigmoid", s = sigmoid(raw + 2), as the reference code has it."""
+    scale: "tanh", log s = c tanh(raw / c) with c = max_log_scale, bounded so that inverting stays well conditioned far from
+    the data; "exp", log s = raw, as the paper prints it; "sigmoid", s = sigmoid(raw + 2), as the reference code has it."""
 
-    def __init__(self, channels, hidden_channels, scale="tanh"):
+    def __init__(self, channels, hidden_channels, scale="tanh", max_log_scale=1.0):
         super().__init__()
-        if scale not in LOG_SCALE_RULES:
-            raise ValueError(f"unknown scale rule {scale!r}; choose one of {', '.join(LOG_SCALE_RULES)}")
-        self.log_scale_rule = LOG_SCALE_RULES[scale]
+        if scale not in SCALE_RULES:
+            raise ValueError(f"unknown scale rule {scale!r}; choose one of {', '.join(SCALE_RULES)}")
+        self.scale, self.max_log_scale = scale, max_log_scale
         self.net = CouplingNet(channels // 2, hidden_channels, channels)
 
     def log_scale_and_shift(self, x_b):
         """(log s, t), each (B, C/2, H, W), of the half that passes unchanged."""
-        raw = self.net(x_b)
-        return self.log_scale_rule(raw[:, 0::2]), raw[:, 1::2]
+        raw, t = self.net(x_b).unflatten(1, (-1, 2)).unbind(2)
+        if self.scale == "tanh":
+            return self.max_log_scale * torch.tanh(raw / self.max_log_scale), t
+        return (F.logsigmoid(raw + 2) if self.scale == "sigmoid" else raw), t
 
     def forward(self, x):
         x_a, x_b = x.chunk(2, dim=1)
@@ -173,11 +176,11 @@ class FlowStep(nn.Module):
 
     The first two are applied as one 1x1 convolution."""
 
-    def __init__(self, channels, hidden_channels, scale="tanh"):
+    def __init__(self, channels, hidden_channels, scale="tanh", max_log_scale=1.0):
         super().__init__()
         self.actnorm = ActNorm(channels)
         self.invconv = InvConv1x1(channels)
-        self.coupling = AffineCoupling(channels, hidden_channels, scale)
+        self.coupling = AffineCoupling(channels, hidden_channels, scale, max_log_scale)
 
     def initialize(self, x):
         self.actnorm.initialize(x)

@@ -147,6 +147,17 @@ def read_records(paths):
     return records
 
 
+def load_solver(experiment, task, *proxes):
+    """(prox, solver) of the first of these proxes whose training for this task did not diverge, in this build."""
+    for prox in proxes:
+        path = experiment.directory(task, prox) / "model.safetensors"
+        if path.is_file():
+            return prox, load_checkpoint(path).requires_grad_(False)
+    raise FileNotFoundError(
+        f"no {' or '.join(proxes)} solver for {task} in {experiment.runs}: train one (python -m flowlib)"
+    )
+
+
 def build_records(experiment):
     """Records of this build's experiment."""
     return read_records(sorted(experiment.runs.glob("*/record.json")))

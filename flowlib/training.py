@@ -55,7 +55,7 @@ def fit(model, groups, batch_loss, validation_loss, config, num_images, seed, di
             f"{num_images} training images are fewer than one batch of {config.batch_size}: use more images"
         )
     set_compute_dtype(model, torch.bfloat16 if config.bf16 else None)
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = dict(step=0, best_loss=math.inf, best_step=0, seconds=0.0, history=[])
@@ -272,6 +272,7 @@ def train_unfolded(experiment, task, prox):
         size = sum(p.numel() for p in solver.proxes[0].parameters())
         record = about | dict(kind="failed", name=directory.name, reason=str(error), num_parameters=size)
         write_json(directory / "record.json", record | dict(training=error.summary, trained=started))
+        (directory / "model.safetensors").unlink(missing_ok=True)  # of an earlier run
         raise
     finish(solver, directory, summary, task=task, prox=prox, provenance=started, experiment=experiment.names)
 

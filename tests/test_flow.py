@@ -26,6 +26,7 @@ LAYERS = {
     "actnorm": lambda: ActNorm(4),
     "invconv": lambda: InvConv1x1(4),
     "coupling tanh": lambda: AffineCoupling(4, 6, "tanh"),
+    "coupling tanh 0.25": lambda: AffineCoupling(4, 6, "tanh", max_log_scale=0.25),
     "coupling sigmoid": lambda: AffineCoupling(4, 6, "sigmoid"),
     "coupling exp": lambda: AffineCoupling(4, 6, "exp"),
     "step": lambda: FlowStep(4, 6),
@@ -137,15 +138,52 @@ def test_sampling_follows_its_generator_and_temperature():
     torch.testing.assert_close(glow.sample(1, (8, 4), temperature=0.0), glow.mode((8, 4)))
 
 
+@pytest.mark.parametrize("max_log_scale", [1.0, 0.25])
 @torch.no_grad()
-def test_tanh_couplings_stay_well_conditioned():
-    """However large the input and the weights, log s is within ±1, so that inverting loses no digits to the scale."""
+def test_tanh_couplings_stay_well_conditioned(max_log_scale):
+    """However large the input and the weights, log s keeps its bound, so that inverting loses no digits to the scale."""
     torch.manual_seed(0)
-    coupling = randomize(AffineCoupling(4, 8, "tanh"), scale=3.0)
+    coupling = randomize(AffineCoupling(4, 8, "tanh", max_log_scale), scale=3.0)
     x = 100 * torch.randn(2, 4, 6, 6)
     y = coupling(x)[0]
-    assert 0.5 < coupling.log_scale_and_shift(x[:, 2:])[0].abs().mean() <= 1
+    log_s = coupling.log_scale_and_shift(x[:, 2:])[0]
+    assert 0.5 * max_log_scale < log_s.abs().mean() and log_s.abs().max() <= max_log_scale
     assert (coupling.inverse(y)[0] - x).abs().max() < 1e-6 * y.abs().max()
+
+
+CHANGES = {
+    "optimizer": lambda conv: torch.optim.SGD([conv.weight], lr=1.0).step(),
+    "copy": lambda conv: conv.weight.copy_(conv.weight + torch.eye(4)),
+    "load": lambda conv: conv.load_state_dict({"weight": conv.weight + torch.eye(4)}),
+    "float64": lambda conv: conv.double(),
+    "replaced": lambda conv: setattr(conv, "weight", torch.nn.Parameter(conv.weight + torch.eye(4))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_kept_inverse_follows_the_weights(change):
+    torch.manual_seed(0)
+    conv = InvConv1x1(4)
+    x = torch.randn(1, 4, 2, 2)
+    conv(x)[1].sum().backward()
+    with torch.no_grad():
+        assert conv.inverse_weight() is conv.inverse_weight()  # kept
+        before = conv.inverse_weight(), conv.log_abs_det()
+        change(conv)
+        weight = conv.weight.double()
+        torch.testing.assert_close(conv.inverse_weight(), torch.linalg.inv(weight).to(conv.weight.dtype))
+        torch.testing.assert_close(conv.log_abs_det(), weight.det().abs().log().to(conv.weight.dtype))
+        assert not torch.equal(conv.inverse_weight(), before[0])
+    # Asked for a gradient, it is not the kept one.
+    assert conv.inverse_weight().requires_grad and conv.log_abs_det().requires_grad
+
+
+def test_meta_device_gives_shapes_without_memory():
+    with torch.device("meta"):
+        glow = Glow()
+        latents, log_det = glow(torch.empty(2, 3, 128, 64))
+        assert [tuple(z.shape[1:]) for z in latents] == glow.latent_shapes((128, 64))
+        assert glow.inverse(latents)[0].shape == (2, 3, 128, 64) and log_det.device.type == "meta"
 
 
 def test_bf16_coupling_nets_keep_the_round_trip():
