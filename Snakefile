@@ -16,7 +16,8 @@ TRAININGS = [f"{task}-{prox}" for task in TASKS for prox in PROXES] + ["denoisin
 NOTEBOOKS = ["01_data", "02_flow", "03_solver", "04_table1", "05_figure2", "06_engine"]
 TABLES = ["table1.csv", "table1_recorded.csv", "provenance.csv", "build.md", "findings.md"]
 
-RUN = f"{BUILD}/runs/{PROFILE}-{DATASET}-{EDITION}-s{SEED}"
+FLOWS = f"{BUILD}/runs/{PROFILE}-{DATASET}-s{SEED}"
+RUN = f"{FLOWS}/{EDITION}"
 CHOICE = f"--profile {PROFILE} --dataset {DATASET} --edition {EDITION} --seed {SEED} --build {BUILD}"
 
 # Commands below are those of the Python that runs Snakemake.
@@ -49,9 +50,9 @@ rule pretrain:
     input:
         rules.prepare.output,
     output:
-        f"{RUN}/flow/model.safetensors",
-        f"{RUN}/flow/log.csv",
-        f"{RUN}/flow/record.json",
+        f"{FLOWS}/flow/model.safetensors",
+        f"{FLOWS}/flow/log.csv",
+        f"{FLOWS}/flow/record.json",
     threads: workflow.cores
     shell:
         f"python -m flowlib pretrain {CHOICE}"
@@ -62,9 +63,9 @@ rule pretrain_noisy:
         rules.prepare.output,
         rules.pretrain.output,
     output:
-        f"{RUN}/flow-noisy/model.safetensors",
-        f"{RUN}/flow-noisy/log.csv",
-        f"{RUN}/flow-noisy/record.json",
+        f"{FLOWS}/flow-noisy/model.safetensors",
+        f"{FLOWS}/flow-noisy/log.csv",
+        f"{FLOWS}/flow-noisy/record.json",
     threads: workflow.cores
     shell:
         f"python -m flowlib pretrain {CHOICE} --noisy"
@@ -89,7 +90,8 @@ rule train:
 
 rule tabulate:
     input:
-        expand(f"{RUN}/{{training}}/record.json", training=["flow", "flow-noisy", *TRAININGS]),
+        expand(f"{FLOWS}/{{flow}}/record.json", flow=["flow", "flow-noisy"]),
+        expand(f"{RUN}/{{training}}/record.json", training=TRAININGS),
         recorded=sorted(str(path) for path in Path("results").rglob("*") if path.suffix in (".csv", ".json")),
     output:
         expand(f"{BUILD}/tables/{{table}}", table=TABLES),

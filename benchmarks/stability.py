@@ -28,6 +28,8 @@ RULES = {
     "tanh-0.5": (dict(max_log_scale=0.5), {}),
     "tanh-0.25": (dict(max_log_scale=0.25), {}),
 }
+FLOW = dict(num_levels=3, num_steps=8, hidden_channels=64, last_level_steps=8)
+PRETRAINING = Training(num_steps=1200, batch_size=16, lr=1e-3, validate_every=500, patience=100)
 SHRINKAGES = (0.001, 0.01, 0.1)
 TASKS = ("denoising", "inpainting", "deblurring")
 # On purpose without the care that the profiles take: λ from 0.1, one learning rate, clipping at 1.
@@ -98,7 +100,7 @@ def unfolded(experiment, task):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="synthetic")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=PRETRAINING.num_steps)
     parser.add_argument("--build", default="build/stability")
     parser.add_argument("--mid-flow", help="a longer trained flow's model.safetensors, to be described beside them")
     args = parser.parse_args()
@@ -108,13 +110,9 @@ def main():
         out = experiment.build / "data" / args.dataset
         if not (out / "manifest.json").exists():
             data.prepare_named(args.dataset, out, num_images=10_000)
-        profile = experiment.profile
-        pretraining = dataclasses.replace(
-            profile.pretraining, num_steps=args.steps, batch_size=16, patience=100, validate_every=500, **overrides
-        )
-        flow = profile.flow | {"hidden_channels": 64} | config
+        pretraining = dataclasses.replace(PRETRAINING, num_steps=args.steps, **overrides)
         experiment.profile = dataclasses.replace(
-            profile, flow=flow, pretraining=pretraining, unfolding={"glow": UNFOLDED}
+            experiment.profile, flow=FLOW | config, pretraining=pretraining, unfolding={"glow": UNFOLDED}
         )
         path = experiment.flow_directory() / "model.safetensors"
         try:

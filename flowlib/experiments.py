@@ -122,11 +122,11 @@ PROFILES = {
     ),
     "cpu": Profile(
         name="cpu",
-        flow=dict(num_levels=3, num_steps=8, hidden_channels=128, last_level_steps=8),
-        unet=dict(width=32),
+        flow=dict(num_levels=3, num_steps=8, hidden_channels=64, last_level_steps=4),
+        unet=dict(width=8),
         resnet=dict(width=64),
-        pretraining=Training(num_steps=3800, batch_size=32, lr=1e-3, validate_every=200),
-        noisy_pretraining=Training(num_steps=600, batch_size=32, lr=5e-4, validate_every=200),
+        pretraining=Training(num_steps=5000, batch_size=32, lr=1e-3, validate_every=250),
+        noisy_pretraining=Training(num_steps=1200, batch_size=32, lr=5e-4, validate_every=200),
         unfolding={
             # A well-trained flow needs more care: see book/choices.md, "Learning rate".
             "glow": Training(
@@ -176,7 +176,7 @@ class Experiment:
         self.edition = choose(EDITIONS, edition, "edition")
         self.names = dict(profile=profile, dataset=dataset, edition=edition, seed=seed)
         self.dataset, self.seed, self.build = dataset, seed, Path(build)
-        self.runs = self.build / "runs" / f"{profile}-{dataset}-{edition}-s{seed}"
+        self.runs = self.build / "runs" / f"{profile}-{dataset}-s{seed}"
         sizes = {k: getattr(self.edition, k) for k in ("train", "val", "test", "held_out")}
         self.split_sizes = sizes | self.profile.images
 
@@ -190,9 +190,10 @@ class Experiment:
         return images.images[data.split_indices(len(images), **self.split_sizes)[part]]
 
     def flow_directory(self, noisy=False):
+        """Both editions start from the same pre-trained flow."""
         return self.runs / ("flow-noisy" if noisy else "flow")
 
     def directory(self, task, prox):
         choose(TASKS, task, "task")
         choose(PROX_LABELS, prox, "prox")
-        return self.runs / f"{task}-{prox}"
+        return self.runs / self.names["edition"] / f"{task}-{prox}"

@@ -3,6 +3,7 @@
 import csv
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -126,10 +127,20 @@ def record_solver(experiment, task, prox):
     )
 
 
+def record_files(experiment):
+    """The record.json files of this build's experiment: its flows', then its solvers'."""
+    edition = experiment.names["edition"]
+    return [
+        *sorted(experiment.runs.glob("flow*/record.json")),
+        *sorted(experiment.runs.glob(f"{edition}/*/record.json")),
+    ]
+
+
 def publish(experiment):
     """Copies all records of an experiment into results/runs/, to be kept with the code."""
-    for path in sorted(experiment.runs.glob("*/record.json")):
-        write_json(RESULTS / "runs" / experiment.runs.name / f"{path.parent.name}.json", json.loads(path.read_text()))
+    for path in record_files(experiment):
+        kept = RESULTS / "runs" / path.parent.relative_to(experiment.runs.parent)
+        write_json(kept.with_suffix(".json"), json.loads(path.read_text()))
 
 
 def read_records(paths):
@@ -138,7 +149,7 @@ def read_records(paths):
     for path in paths:
         try:
             record = json.loads(Path(path).read_text())
-            record["run"] = "-".join(map(str, record["experiment"].values()))
+            record["kind"], record["experiment"]["edition"]  # KeyError where it is something else
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is no result record ({error!r}): delete it and evaluate that run again"
@@ -160,12 +171,12 @@ def load_solver(experiment, task, *proxes):
 
 def build_records(experiment):
     """Records of this build's experiment."""
-    return read_records(sorted(experiment.runs.glob("*/record.json")))
+    return read_records(record_files(experiment))
 
 
 def recorded():
     """Records kept in results/runs/."""
-    return read_records(sorted(RESULTS.glob("runs/*/*.json")))
+    return read_records(sorted((RESULTS / "runs").rglob("*.json")))
 
 
 def paper_table(table, edition):
@@ -187,7 +198,7 @@ def plus_minus(value, digits=2):
 
 def table1(records):
     """Rows of Table I: the paper's number beside ours, for one experiment's records."""
-    edition = records[0]["experiment"]["edition"] if records else "v2"
+    edition = next((r["experiment"]["edition"] for r in records if r["kind"] != "flow"), "v2")
     paper = paper_table("I", edition)
     ours = {(r["task"], r["setting"], PROX_LABELS[r["prox"]]): r for r in records if r["kind"] == "solver"}
     diverged = {(r["task"], r["setting"], PROX_LABELS[r["prox"]]) for r in records if r["kind"] == "failed"}
@@ -259,8 +270,8 @@ def verdict(difference, half_width, paper):
 
 def findings(records):
     """Markdown: what one experiment's records say of the paper's order of methods, with the budget they had."""
-    experiment = records[0]["experiment"]
     solvers = [r for r in records if r["kind"] == "solver"]
+    experiment = solvers[0]["experiment"]
     images = [r["training"]["images_seen"] for r in solvers]
     minutes = [r["training"]["seconds"] / 60 for r in solvers]
     paper = paper_table("I", experiment["edition"])
@@ -307,12 +318,18 @@ def findings(records):
     return lines
 
 
-def main_run(records):
-    """The records of the one experiment that has most of them: profiles must not be mixed in one comparison."""
-    groups = {}
-    for record in records:
-        groups.setdefault(record["run"], []).append(record)
-    return max(groups.values(), key=len, default=[])
+def main_run(records, edition=None):
+    """The records of the one experiment that has most solvers, with its flows: profiles must not be mixed in a comparison."""
+
+    def key(record, *names):
+        return tuple(record["experiment"][name] for name in ("profile", "dataset", "seed", *names))
+
+    solvers = [r for r in records if r["kind"] != "flow" and edition in (None, r["experiment"]["edition"])]
+    most = Counter(key(r, "edition") for r in solvers).most_common(1)
+    if not most:
+        return []
+    chosen = most[0][0]
+    return [r for r in records if (key(r) == chosen[:3] if r["kind"] == "flow" else key(r, "edition") == chosen)]
 
 
 def tabulate(experiment):
