@@ -14,8 +14,10 @@ from flowlib import data
 from flowlib.checkpoints import load_checkpoint, load_tensors
 from flowlib.experiments import Experiment, Training
 from flowlib.files import write_json
+from flowlib.glow import set_memory
 from flowlib.operators import Blur, Inpainting
 from flowlib.provenance import provenance
+from flowlib.prox import GlowProx
 from flowlib.results import RESULTS
 from flowlib.training import Diverged, generator_for, pretrain, train_unfolded
 
@@ -64,13 +66,15 @@ def describe(glow, x):
         def change(shrinkage, latents=latents, image=image):
             return glow.inverse([z / (1 + shrinkage) for z in latents])[0] - image
 
-        response = [change(lam).square().mean().sqrt().item() / lam for lam in SHRINKAGES]
-        rows[name] = {
-            "round_trip": change(0.0).abs().max().item(),
-            "latent_rms": latents[0].square().mean().sqrt().item(),
-            "response": dict(zip(map(str, SHRINKAGES), response)),
-        }
+        response = {str(lam): finite(change(lam).square().mean().sqrt() / lam) for lam in SHRINKAGES}
+        latent_rms = finite(latents[0].square().mean().sqrt())
+        rows[name] = {"round_trip": finite(change(0.0).abs().max()), "latent_rms": latent_rms, "response": response}
     return rows
+
+
+def finite(value):
+    """A number for JSON, which knows neither NaN nor infinity: None stands for both."""
+    return value.item() if torch.isfinite(value) else None
 
 
 def conditioning(glow):
@@ -80,6 +84,16 @@ def conditioning(glow):
         "condition_number": max(float(torch.linalg.cond(step.invconv.weight.detach())) for step in steps),
         "actnorm_log_scale": max(float(step.actnorm.log_scale.detach().abs().max()) for step in steps),
     }
+
+
+def prepared(profile, args, name, **changes):
+    """The experiment of a profile with changes, with its data, in a folder of its own."""
+    experiment = Experiment(profile, args.dataset, "v1", build=Path(args.build) / name)
+    experiment.profile = dataclasses.replace(experiment.profile, **changes)
+    out = experiment.build / "data" / args.dataset
+    if not (out / "manifest.json").exists():
+        data.prepare_named(args.dataset, out, num_images=10_000)
+    return experiment
 
 
 def unfolded(experiment, task):
@@ -97,23 +111,42 @@ def unfolded(experiment, task):
     return {"psnr": -10 * torch.tensor(history[-1]["val_loss"]).log10().item()}
 
 
+def gradient_agreement(glow, x):
+    """Relative difference of all gradients, invertible to plain backpropagation in float32, of one proximal step on noisy x."""
+    noisy = x + 0.2 * torch.randn(x.shape, generator=generator_for(0, "gradients"))
+    gradients = {}
+    for mode in ("plain", "reversible"):
+        set_memory(glow, mode)
+        glow.zero_grad()
+        (GlowProx(glow)(noisy, 0.1) - x).square().mean().backward()
+        gradients[mode] = torch.cat([p.grad.flatten() for p in glow.parameters()])
+    set_memory(glow, "plain")
+    return ((gradients["reversible"] - gradients["plain"]).norm() / gradients["plain"].norm()).item()
+
+
+def longer(path, x):
+    """What there is to say of a flow that was trained longer, or is larger."""
+    glow, info = load_checkpoint(path), load_tensors(path)[1]["info"]
+    about = {"config": glow.config, "num_parameters": sum(p.numel() for p in glow.parameters())}
+    about |= {"images_seen": info["summary"]["images_seen"], "gradient_difference": gradient_agreement(glow, x[:8])}
+    return about | conditioning(glow) | {"inputs": describe(glow, x)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="synthetic")
     parser.add_argument("--steps", type=int, default=PRETRAINING.num_steps)
     parser.add_argument("--build", default="build/stability")
-    parser.add_argument("--mid-flow", help="a longer trained flow's model.safetensors, to be described beside them")
+    parser.add_argument(
+        "--flows", nargs="*", default=[], help="model.safetensors of other flows, described beside them"
+    )
+    parser.add_argument("--paper-steps", type=int, default=0, help="also train a flow of the paper's size so long")
     args = parser.parse_args()
     rows = []
     for rule, (config, overrides) in RULES.items():
-        experiment = Experiment("cpu", args.dataset, "v1", build=Path(args.build) / rule)
-        out = experiment.build / "data" / args.dataset
-        if not (out / "manifest.json").exists():
-            data.prepare_named(args.dataset, out, num_images=10_000)
         pretraining = dataclasses.replace(PRETRAINING, num_steps=args.steps, **overrides)
-        experiment.profile = dataclasses.replace(
-            experiment.profile, flow=FLOW | config, pretraining=pretraining, unfolding={"glow": UNFOLDED}
-        )
+        changes = dict(flow=FLOW | config, pretraining=pretraining, unfolding={"glow": UNFOLDED})
+        experiment = prepared("cpu", args, rule, **changes)
         path = experiment.flow_directory() / "model.safetensors"
         try:
             if not path.exists():
@@ -130,10 +163,14 @@ def main():
         print(rows[-1])
     record = {"rows": rows, "num_images": args.steps * 16, "unfolded_training": dataclasses.asdict(UNFOLDED)}
     record |= {"num_parameters": sum(p.numel() for p in glow.parameters()), "split": experiment.split_sizes}
-    if args.mid_flow:
-        glow = load_checkpoint(args.mid_flow)
-        record["mid"] = {"config": glow.config, **conditioning(glow), "inputs": describe(glow, test[:32])}
-        record["mid"]["training"] = load_tensors(args.mid_flow)[1]["info"]["summary"]["images_seen"]
+    flows = [Path(path) for path in args.flows]
+    if args.paper_steps:
+        short = Training(num_steps=args.paper_steps, batch_size=8, lr=3e-4, validate_every=100, val_images=50)
+        experiment = prepared("paper", args, "paper", pretraining=short)
+        flows.append(experiment.flow_directory() / "model.safetensors")
+        if not flows[-1].exists():
+            pretrain(experiment)
+    record["longer"] = [longer(path, test[:32]) for path in flows]
     write_json(RESULTS / "benchmarks" / "stability.json", record | {"arguments": vars(args)} | provenance())
 
 
