@@ -3,17 +3,23 @@
 import sys
 from pathlib import Path
 
+from flowlib.data import data_dir
+from flowlib.experiments import FOREIGN_IMAGES, METHODS, TASKS, Experiment
+
 PROFILE = config.get("profile", "demo")
 DATASET = config.get("dataset", "synthetic")
 EDITION = config.get("edition", "v2")
 SEED = config.get("seed", 0)
 BUILD = config.get("build", "build")
 
-TASKS = ["denoising", "inpainting", "deblurring"]
-PROXES = ["glow", "unet", "resnet"]
-# Every task with every prox, and denoising once more with the flow pre-trained on noisy images.
-TRAININGS = [f"{task}-{prox}" for task in TASKS for prox in PROXES] + ["denoising-glow-noisy"]
-NOTEBOOKS = ["01_data", "02_flow", "03_solver", "04_table1", "05_figure2", "06_engine"]
+# What the profile trains for this edition, "task-prox" each.
+EXPERIMENT = Experiment(PROFILE, DATASET, EDITION, SEED, BUILD)
+TRAININGS = [f"{task}-{prox}" for task, prox in EXPERIMENT.trainings()]
+# Faces out of distribution, where the data set has such a companion.
+FOREIGN = FOREIGN_IMAGES.get(DATASET)
+if FOREIGN == "anime" and not Path(f"{BUILD}/data/anime").exists() and not any(data_dir().glob("anime*")):
+    FOREIGN = None  # the user has CelebA only
+NOTEBOOKS = ["01_data", "02_flow", "03_solver", "04_table1", "05_figure2", "06_engine", "07_stability", "08_speed", "09_tables"]
 TABLES = ["table1.csv", "table1_recorded.csv", "provenance.csv", "build.md", "findings.md"]
 
 FLOWS = f"{BUILD}/runs/{PROFILE}-{DATASET}-s{SEED}"
@@ -26,7 +32,7 @@ shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PAT
 
 wildcard_constraints:
     task="|".join(TASKS),
-    prox="|".join([*PROXES, "glow-noisy"]),
+    prox="|".join(METHODS),
 
 
 rule all:
@@ -39,16 +45,19 @@ rule all:
 
 rule prepare:
     output:
-        images=f"{BUILD}/data/{DATASET}/images.npy",
-        manifest=f"{BUILD}/data/{DATASET}/manifest.json",
+        f"{BUILD}/data/{{dataset}}/images.npy",
+        f"{BUILD}/data/{{dataset}}/manifest.json",
     shell:
-        f"python -m flowlib prepare {DATASET} --build {BUILD}"
+        f"python -m flowlib prepare {{wildcards.dataset}} --build {BUILD}"
+
+
+IMAGES = f"{BUILD}/data/{DATASET}/manifest.json"
 
 
 # A training takes every core (threads: workflow.cores), so trainings run one after another.
 rule pretrain:
     input:
-        rules.prepare.output,
+        IMAGES,
     output:
         f"{FLOWS}/flow/model.safetensors",
         f"{FLOWS}/flow/log.csv",
@@ -60,7 +69,7 @@ rule pretrain:
 
 rule pretrain_noisy:
     input:
-        rules.prepare.output,
+        IMAGES,
         rules.pretrain.output,
     output:
         f"{FLOWS}/flow-noisy/model.safetensors",
@@ -71,16 +80,33 @@ rule pretrain_noisy:
         f"python -m flowlib pretrain {CHOICE} --noisy"
 
 
-def flow_for(wildcards):
-    """Only the flow proxes start from a pre-trained flow."""
-    return {"glow": rules.pretrain.output, "glow-noisy": rules.pretrain_noisy.output}.get(wildcards.prox, [])
+rule pretrain_denoiser:
+    input:
+        IMAGES,
+    output:
+        f"{RUN}/denoiser-{{network}}/model.safetensors",
+    threads: workflow.cores
+    shell:
+        f"python -m flowlib pretrain {CHOICE} --denoiser {{wildcards.network}}"
+
+
+def start_of(wildcards):
+    """What this prox starts from."""
+    method = METHODS[wildcards.prox]
+    return {
+        None: [],
+        "flow": f"{FLOWS}/flow/model.safetensors",
+        "flow-noisy": f"{FLOWS}/flow-noisy/model.safetensors",
+        "denoiser": f"{RUN}/denoiser-{method.network}/model.safetensors",
+    }[method.start]
 
 
 # A training that diverges is a result too: it fails, but leaves a record that says so.
 rule train:
     input:
-        rules.prepare.output,
-        flow_for,
+        IMAGES,
+        [f"{BUILD}/data/{FOREIGN}/manifest.json"] if FOREIGN else [],
+        start_of,
     output:
         f"{RUN}/{{task}}-{{prox}}/record.json",
     threads: workflow.cores

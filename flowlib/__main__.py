@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from flowlib import data
-from flowlib.experiments import EDITIONS, PROFILES, PROX_LABELS, TASKS, Experiment
+from flowlib.experiments import EDITIONS, METHODS, PROFILES, TASKS, Experiment
 
 SYNTHETIC_IMAGES = 2400  # enough for every profile that uses them
 
@@ -33,10 +33,12 @@ def main(argv=None):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--build", default="build")
         if name == "pretrain":
-            command.add_argument("--noisy", action="store_true", help="noise-augmented, from the clean flow")
+            kinds = command.add_mutually_exclusive_group()
+            kinds.add_argument("--noisy", action="store_true", help="noise-augmented, from the clean flow")
+            kinds.add_argument("--denoiser", choices=("unet", "resnet"), help="no flow, but this network as a denoiser")
         if name in ("train", "evaluate"):
             command.add_argument("--task", required=True, choices=TASKS)
-            command.add_argument("--prox", required=True, choices=PROX_LABELS)
+            command.add_argument("--prox", required=True, choices=METHODS)
 
     args = vars(parser.parse_args(argv))
     command = args.pop("command")
@@ -51,11 +53,13 @@ def main(argv=None):
         return print(f"{len(data.load(out))} images in {out}")
 
     # Imported late: preparing images and asking for help need no torch training code.
-    from flowlib import results, training
+    from flowlib import results, tables, training
 
-    noisy, task, prox = (args.pop(k, None) for k in ("noisy", "task", "prox"))
+    noisy, denoiser, task, prox = (args.pop(k, None) for k in ("noisy", "denoiser", "task", "prox"))
     experiment = Experiment(**args)
-    if command == "pretrain":
+    if denoiser:
+        training.pretrain_denoiser(experiment, denoiser)
+    elif command == "pretrain":
         training.pretrain(experiment, noisy)
         results.record_flow(experiment, noisy)
     elif command == "train":
@@ -64,7 +68,7 @@ def main(argv=None):
     elif command == "evaluate":
         results.record_solver(experiment, task, prox)
     else:
-        getattr(results, command)(experiment)
+        {"tabulate": tables.tabulate, "publish": results.publish}[command](experiment)
 
 
 if __name__ == "__main__":

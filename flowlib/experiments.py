@@ -28,31 +28,64 @@ EDITIONS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A column of Table I: the operator, and what the paper calls it."""
+    """A column of Table I: the operator, what the paper calls its setting, the editions that have it, and the setting out of
+    distribution with which Table III of v2 tests."""
 
     name: str
     setting: str
     operator: type
     parameters: dict
+    editions: tuple[str, ...] = ("v1", "v2")
+    shifted_setting: str | None = None
+    shifted: dict = field(default_factory=dict)
 
-    def make_operator(self, image_size):
+    def make_operator(self, image_size, shifted=False):
         extra = {"image_size": image_size} if self.operator is Inpainting else {}
-        return self.operator(**self.parameters, **extra)
+        return self.operator(**self.parameters | (self.shifted if shifted else {}), **extra)
 
 
 TASKS = {
-    "denoising": Task("denoising", "sigma_n=0.2", Denoising, dict(sigma=0.2)),
-    "denoising-0.1": Task("denoising", "sigma_n=0.1", Denoising, dict(sigma=0.1)),
-    "inpainting": Task("inpainting", "W=19", Inpainting, dict(mask_size=19)),
-    "deblurring": Task("deblurring", "sigma_b=5", Blur, dict(sigma_b=5.0)),
+    "denoising": Task(
+        "denoising", "sigma_n=0.2", Denoising, dict(sigma=0.2), ("v1", "v2"), "sigma_n=0.25", dict(sigma=0.25)
+    ),
+    "denoising-0.1": Task("denoising", "sigma_n=0.1", Denoising, dict(sigma=0.1), ("v1",)),
+    "inpainting": Task("inpainting", "W=19", Inpainting, dict(mask_size=19), ("v1", "v2"), "W=16", dict(mask_size=16)),
+    "deblurring": Task(
+        "deblurring", "sigma_b=5", Blur, dict(sigma_b=5.0), ("v1", "v2"), "sigma_b=8", dict(sigma_b=8.0)
+    ),
 }
-# glow-noisy: the flow pre-trained on images with added noise, our extension (see book/choices.md).
-PROX_LABELS = {
-    "resnet": "ResNet prox",
-    "unet": "U-Net prox",
-    "glow": "GLOW prox",
-    "glow-noisy": "GLOW prox (noise-augmented pre-training)",
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the paper's tables. network: of the prox; start: what every fold starts from, a pre-trained "flow",
+    "flow-noisy" or "denoiser", or None, fresh weights; frozen: only the step sizes are trained; editions and tasks: where the
+    paper (or, for flow-noisy, we) have it."""
+
+    label: str
+    network: str
+    start: str | None = None
+    frozen: bool = False
+    editions: tuple[str, ...] = ("v1", "v2")
+    tasks: tuple[str, ...] = tuple(TASKS)
+
+
+_NOT_DENOISING = ("inpainting", "deblurring")
+METHODS = {
+    "resnet": Method("ResNet prox", "resnet"),
+    "resnet-denoiser": Method(
+        "ResNet prox (pre-trained denoiser)", "resnet", "denoiser", False, ("v2",), _NOT_DENOISING
+    ),
+    "unet": Method("U-Net prox", "unet"),
+    "unet-denoiser": Method("U-Net prox (pre-trained denoiser)", "unet", "denoiser", False, ("v2",), _NOT_DENOISING),
+    "glow": Method("GLOW prox", "glow", "flow"),
+    # Our extension: the flow pre-trained on images with added noise (book/choices.md).
+    "glow-noisy": Method("GLOW prox (noise-augmented pre-training)", "glow", "flow-noisy"),
+    "glow-frozen": Method("GLOW prox (plug-and-play)", "glow", "flow", True, ("v2",)),
+    "glow-scratch": Method("GLOW prox (from scratch)", "glow", None, False, ("v1",)),
 }
+# The images out of distribution that go with a data set.
+FOREIGN_IMAGES = {"celeba": "anime", "synthetic": "synthetic-ood"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +113,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Profile:
-    """How much is done: sizes of the networks and of the trainings, keyed by prox; images: overrides of the edition's."""
+    """How much is done: sizes of the networks and of the trainings. unfolding is keyed by method or, for all methods that have
+    it, network; methods: those that `make book` trains, by task; images: overrides of the edition's."""
 
     name: str
     flow: dict
@@ -90,8 +124,15 @@ class Profile:
     noisy_pretraining: Training
     unfolding: dict[str, Training]
     images: dict = field(default_factory=dict)
+    methods: dict[str, tuple[str, ...]] | None = None
+
+    def unfolding_of(self, prox):
+        return self.unfolding.get(prox) or self.unfolding[METHODS[prox].network]
 
 
+_FEW = {task: ("glow", "unet", "resnet") for task in _NOT_DENOISING} | {
+    "denoising": ("glow", "unet", "resnet", "glow-noisy", "glow-frozen")
+}
 PROFILES = {
     "smoke": Profile(
         name="smoke",
@@ -105,6 +146,7 @@ PROFILES = {
             for prox in ("glow", "unet", "resnet")
         },
         images=dict(train=16, val=8, test=8, held_out=8),
+        methods=_FEW,
     ),
     "demo": Profile(
         name="demo",
@@ -119,6 +161,7 @@ PROFILES = {
             "resnet": Training(num_steps=100, batch_size=8, lr=2e-3, validate_every=50, warmup_steps=20),
         },
         images=dict(train=1024, val=64, test=64, held_out=64),
+        methods=_FEW,
     ),
     "cpu": Profile(
         name="cpu",
@@ -189,11 +232,30 @@ class Experiment:
         images = images or self.images()
         return images.images[data.split_indices(len(images), **self.split_sizes)[part]]
 
+    def trainings(self):
+        """The (task, prox) that this profile trains for this edition."""
+        edition, chosen = self.names["edition"], self.profile.methods
+        return [
+            (task, prox)
+            for task in TASKS
+            if edition in TASKS[task].editions and (chosen is None or task in chosen)
+            for prox, method in METHODS.items()
+            if (edition in method.editions and task in method.tasks if chosen is None else prox in chosen[task])
+        ]
+
+    def foreign_images(self):
+        """The prepared ImageSet out of distribution that goes with this data set, or None."""
+        folder = self.build / "data" / FOREIGN_IMAGES.get(self.dataset, "")
+        return data.load(folder) if (folder / "manifest.json").exists() else None
+
     def flow_directory(self, noisy=False):
         """Both editions start from the same pre-trained flow."""
         return self.runs / ("flow-noisy" if noisy else "flow")
 
+    def denoiser_directory(self, network):
+        return self.runs / self.names["edition"] / f"denoiser-{network}"
+
     def directory(self, task, prox):
         choose(TASKS, task, "task")
-        choose(PROX_LABELS, prox, "prox")
+        choose(METHODS, prox, "prox")
         return self.runs / self.names["edition"] / f"{task}-{prox}"

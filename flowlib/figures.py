@@ -12,12 +12,14 @@ import torch
 from matplotlib.ticker import MaxNLocator
 
 from flowlib.data import to_uint8
-from flowlib.experiments import PROX_LABELS
-from flowlib.results import setting_text
+from flowlib.experiments import METHODS
+from flowlib.tables import setting_text
 
 # Okabe and Ito's colour-blind-safe palette: one colour a method, everywhere.
 COLOURS = {"resnet": "#E69F00", "unet": "#0072B2", "glow": "#009E73", "glow-noisy": "#CC79A7"}
 SHORT_LABELS = {"resnet": "ResNet", "unet": "U-Net", "glow": "GLOW", "glow-noisy": "GLOW, noisy"}
+SHORT_LABELS |= {"resnet-denoiser": "ResNet, denoiser", "unet-denoiser": "U-Net, denoiser"}
+SHORT_LABELS |= {"glow-frozen": "GLOW, plugged in", "glow-scratch": "GLOW, scratch"}
 GREY, INK = "#8A8A8A", "#222222"
 WIDTH = 5.2
 STYLE = {
@@ -154,10 +156,10 @@ def paper_and_ours():
 def psnr_dots(records, paper):
     """Mean PSNR with its 95 % interval for every run of Table I beside the paper's number; one panel a task.
 
-    records: solver records of one experiment; paper: {(task, setting, method): PSNR}, see results.paper_table."""
+    records: of one experiment; paper: {(task, setting, method): PSNR}, see tables.paper_table."""
     settings = list(dict.fromkeys((task, setting) for task, setting, _ in paper))
-    ours = {(r["task"], r["setting"], r["prox"]): r["psnr"] for r in records}
-    rows = [[p for p in COLOURS if (*s, PROX_LABELS[p]) in paper or (*s, p) in ours] for s in settings]
+    ours = {(r["task"], r["setting"], r["prox"]): r["psnr"] for r in records if r["kind"] == "solver"}
+    rows = [[p for p in COLOURS if (*s, METHODS[p].label) in paper or (*s, p) in ours] for s in settings]
     heights = [0.85 + 0.25 * len(proxes) for proxes in rows]
     size = (WIDTH, 0.7 + sum(heights))
     figure, axes = plt.subplots(len(settings), figsize=size, squeeze=False, height_ratios=heights)
@@ -165,8 +167,8 @@ def psnr_dots(records, paper):
     for axis, (task, setting), proxes in zip(axes[:, 0], settings, rows):
         for row, prox in enumerate(proxes):
             style = dict(color=COLOURS[prox], markersize=8, linestyle="none")
-            if (task, setting, PROX_LABELS[prox]) in paper:
-                axis.plot(paper[task, setting, PROX_LABELS[prox]], row, "D", mfc="white", mew=1.8, **style)
+            if (task, setting, METHODS[prox].label) in paper:
+                axis.plot(paper[task, setting, METHODS[prox].label], row, "D", mfc="white", mew=1.8, **style)
             if (task, setting, prox) in ours:
                 value = ours[task, setting, prox]
                 axis.errorbar(value["mean"], row, xerr=value["half_width"], fmt="o", capsize=4, **style)
@@ -180,27 +182,13 @@ def psnr_dots(records, paper):
 
 
 @styled
-def difference_dots(differences):
-    """Paired differences in PSNR: {label: (mean, half width, the paper's or None), as results.compare gives}."""
-    figure, axis = plt.subplots(figsize=(WIDTH, 1.3 + 0.36 * len(differences)))
-    for row, (mean, half_width, paper) in enumerate(differences.values()):
-        axis.errorbar(mean, row, xerr=half_width, fmt="o", capsize=4, color=INK)
-        if paper is not None:
-            axis.plot(paper, row, "D", color=INK, mfc="white", mew=1.8)
-    axis.axvline(0, color=GREY, lw=1)
-    axis.set(yticks=range(len(differences)), yticklabels=differences, xlabel="difference in PSNR, dB")
-    axis.set_ylim(len(differences) - 0.4, -0.6)
-    figure.legend(handles=paper_and_ours(), loc="outside upper center", ncols=2)
-    return figure
-
-
-@styled
 def response_dots(rows):
     """How strongly each kind of input answers to shrinkage, one marker a scale rule: rows of benchmarks/stability.json."""
+    rows = [row for row in rows if "inputs" in row]  # not those that diverged
     names = list(rows[0]["inputs"])
     figure, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.42 * len(names)))
     for row, marker, colour in zip(rows, "sDov^P", [GREY, INK, *COLOURS.values()]):
-        response = [row["inputs"][name]["response"]["0.01"] for name in names]
+        response = [row["inputs"][name]["response"]["0.01"] or np.nan for name in names]  # None: not finite
         axis.plot(response, range(len(names)), marker, color=colour, label=row["rule"], alpha=0.85)
     axis.set(xscale="log", xlabel="change of the image / λ", yticks=range(len(names)), yticklabels=names)
     axis.invert_yaxis()
@@ -228,6 +216,8 @@ def roofline(rows, machine):
 
 def html_table(rows, caption):
     """A list of dicts with the same keys as a table for IPython.display.HTML; alike in Lab and in the book."""
+    if not rows:
+        return f"<p>{html.escape(caption)} No run is recorded yet.</p>"
 
     def line(tag, values):
         cells = ""

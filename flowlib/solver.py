@@ -47,11 +47,14 @@ class UnfoldedPGD(nn.Module):
     def forward(self, y, operator, return_folds=False):
         """Measurements y (B, C, H, W) and the operator that made them -> x_hat (B, C, H, W).
 
-        With return_folds: (x_hat, list of K Fold)."""
+        operator: one for all folds, or a list of K. With return_folds: (x_hat, list of K Fold)."""
         if y.shape[1:] != self.x0.shape[1:]:
             raise ValueError(f"measurements of shape {tuple(y.shape)} do not fit x0 of shape {tuple(self.x0.shape)}")
+        operators = operator if isinstance(operator, (list, tuple)) else [operator] * self.num_folds
         x, folds = self.x0.expand(len(y), -1, -1, -1), []
-        for prox, step_size, shrinkage in zip(self.proxes, self.step_size, self.shrinkage):
+        for prox, step_size, shrinkage, operator in zip(
+            self.proxes, self.step_size, self.shrinkage, operators, strict=True
+        ):
             x_tilde = x + step_size * operator.A_adjoint(y - operator.A(x))
             x = prox(x_tilde, shrinkage)
             if return_folds:

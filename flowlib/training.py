@@ -3,6 +3,7 @@
 Every random draw of a step comes from a generator seeded by (seed, purpose, step), so a run that was killed and resumed
 from its last checkpoint ends with the same weights, to the bit, as one that was not."""
 
+import copy
 import math
 import time
 import zlib
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from flowlib.checkpoints import load_checkpoint, load_state, load_tensors, save_checkpoint, save_tensors
 from flowlib.data import dequantize, to_tensor
-from flowlib.experiments import TASKS
+from flowlib.experiments import METHODS, TASKS
 from flowlib.files import write_csv, write_json
 from flowlib.glow import Glow, set_compute_dtype
 from flowlib.provenance import provenance
@@ -203,27 +204,43 @@ def pretrain(experiment, noisy=False):
     finish(glow, directory, summary, noisy=noisy, provenance=started, experiment=experiment.names)
 
 
+def fresh_prox(experiment, network):
+    """An untrained prox of this profile's size; a flow's ActNorms are set from training images."""
+    prox = PROXES[network].from_config(getattr(experiment.profile, "flow" if network == "glow" else network))
+    if network == "glow":
+        prox.glow.initialize(to_tensor(experiment.split("train")[:64]))
+    return prox
+
+
 def build_solver(experiment, prox):
-    """The untrained solver: K copies of the pre-trained flow and x_0 = g(0), or K fresh baselines and x_0 = 0."""
-    profile, num_folds = experiment.profile, experiment.edition.num_folds
-    if prox.startswith("glow"):
-        flow = load_checkpoint(experiment.flow_directory(noisy=prox == "glow-noisy") / "model.safetensors")
-        proxes = [GlowProx(flow), *(GlowProx(Glow(**flow.config)) for _ in range(num_folds - 1))]
-        for other in proxes[1:]:
-            other.glow.load_state_dict(flow.state_dict())
-        with torch.no_grad():
-            x0 = flow.mode(64)
+    """The untrained solver: K folds that start from the same pre-trained network or each from fresh weights, and x_0 = g(0)
+    for flows, 0 for the baselines."""
+    method, num_folds = METHODS[prox], experiment.edition.num_folds
+    torch.manual_seed(experiment.seed)
+    if method.start is None:
+        proxes = [fresh_prox(experiment, method.network) for _ in range(num_folds)]
     else:
-        torch.manual_seed(experiment.seed)
-        proxes = [PROXES[prox](**getattr(profile, prox)) for _ in range(num_folds)]
-        x0 = torch.zeros(1, 3, 64, 64)
-    return UnfoldedPGD(proxes, x0, shrinkage=profile.unfolding[prox.split("-")[0]].shrinkage)
+        if method.start == "denoiser":
+            [first] = load_checkpoint(experiment.denoiser_directory(method.network) / "model.safetensors").proxes
+        else:
+            noisy = method.start == "flow-noisy"
+            first = GlowProx(load_checkpoint(experiment.flow_directory(noisy) / "model.safetensors"))
+        proxes = [first, *(copy.deepcopy(first) for _ in range(num_folds - 1))]
+    with torch.no_grad():
+        x0 = proxes[0].glow.mode(64) if method.network == "glow" else torch.zeros(1, 3, 64, 64)
+    solver = UnfoldedPGD(proxes, x0, shrinkage=experiment.profile.unfolding_of(prox).shrinkage)
+    if method.frozen:
+        solver.requires_grad_(False)
+        solver.step_size.requires_grad_(True)
+    return solver
 
 
 def parameter_groups(solver, config):
     """The networks, the last convolutions of coupling nets, and the scalars μ and λ, each with its learning rate."""
     groups = {"networks": [], "last": [], "scalars": []}
     for name, parameter in solver.named_parameters():
+        if not parameter.requires_grad:
+            continue
         last = ".net.conv3." in name or name.endswith(".net.log_scale")
         groups["scalars" if name in ("step_size", "shrinkage") else "last" if last else "networks"].append(parameter)
     rates = {"networks": config.lr, "last": config.lr * config.last_conv_factor, "scalars": config.scalar_lr}
@@ -232,14 +249,27 @@ def parameter_groups(solver, config):
 
 def train_unfolded(experiment, task, prox):
     """Trains the unfolded solver for one task end to end on the mean squared error to the clean image."""
-    seed, config = experiment.seed, experiment.profile.unfolding[prox.split("-")[0]]
-    directory, started = experiment.directory(task, prox), provenance()
+    solver, config = build_solver(experiment, prox), experiment.profile.unfolding_of(prox)
+    _train_solver(experiment, solver, task, prox, config, experiment.directory(task, prox))
+
+
+def pretrain_denoiser(experiment, network):
+    """Trains one prox as a denoiser, the start of the "pre-trained denoiser" rows of Table I: it is a solver of one fold with
+    μ = 1 and x_0 = 0, for which x̃ = y."""
+    torch.manual_seed(experiment.seed)
+    solver = UnfoldedPGD([fresh_prox(experiment, network)], torch.zeros(1, 3, 64, 64), step_size=1.0)
+    config, directory = experiment.profile.unfolding_of(network), experiment.denoiser_directory(network)
+    _train_solver(experiment, solver, "denoising", network, config, directory)
+
+
+def _train_solver(experiment, solver, task, prox, config, directory):
+    seed, started = experiment.seed, provenance()
+    solver.to(device())
     images = experiment.images()
     train, val = (
         to_tensor(experiment.split("train", images)),
         to_tensor(experiment.split("val", images)[: config.val_images]),
     )
-    solver = build_solver(experiment, prox).to(device())
     operator = TASKS[task].make_operator(train.shape[-1]).to(device())
 
     def measured(x, purpose, step=0):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowlib import data, results, training
+from flowlib import data, results, tables, training
 from flowlib.checkpoints import load_checkpoint, load_tensors
 from flowlib.experiments import Experiment
 from flowlib.training import batch_indices, generator_for, learning_rate_factor
@@ -108,8 +108,8 @@ def test_a_loss_that_is_not_finite_names_the_fold(build, monkeypatch):
         training.train_unfolded(run, "inpainting", "glow")
     record = results.read_records([run.directory("inpainting", "glow") / "record.json"])[0]
     assert record["kind"] == "failed" and record["training"]["steps"] == 0 and "fold 3" in record["reason"]
-    row = next(r for r in results.table1([record]) if (r["Task"], r["Method"]) == ("inpainting", "GLOW prox"))
-    assert row["Ours, dB"] == "diverged" and results.provenance_rows([record])[0]["Steps"] == "0"
+    row = next(r for r in tables.table("I", "v2", [record]) if (r["Task"], r["Method"]) == ("inpainting", "GLOW prox"))
+    assert row["Ours, dB"] == "diverged" and tables.provenance_rows([record])[0]["Steps"] == "0"
     (run.directory("inpainting", "glow") / "record.json").unlink()
 
 
@@ -158,8 +158,8 @@ def test_records_hold_what_the_tables_need(build, monkeypatch, tmp_path):
     assert len(record["psnr"]["values"]) == 8 and record["training"]["images_seen"] == 8
     assert record["psnr_measurement"]["mean"] == pytest.approx(14, abs=0.3)  # noise of 0.2: -20 log10(0.2) dB
     assert record["folds"][-1]["psnr"] == pytest.approx(record["psnr"]["mean"], abs=1e-3)
-    results.tabulate(run)
-    row = next(r for r in results.table1(results.build_records(run)) if r["Method"] == "GLOW prox")
+    tables.tabulate(run)
+    row = next(r for r in tables.table("I", "v2", results.build_records(run)) if r["Method"] == "GLOW prox")
     assert row["Paper, dB"] == "28.24" and row["Ours, dB"].startswith(f"{record['psnr']['mean']:.2f}\u00a0±")
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     shutil.copy(ROOT / "results/paper.csv", tmp_path)
@@ -167,15 +167,15 @@ def test_records_hold_what_the_tables_need(build, monkeypatch, tmp_path):
     kept = {r["name"]: r for r in results.recorded()}
     assert sorted(kept) == ["denoising-glow", "denoising-unet", "flow"]
     assert results.main_run(list(kept.values())) == list(kept.values())
-    text = "\n".join(results.findings(list(kept.values())))
+    text = "\n".join(tables.findings(list(kept.values())))
     difference = record["psnr"]["mean"] - kept["denoising-unet"]["psnr"]["mean"]
-    assert f"GLOW prox over U-Net prox: {results.signed(difference)} ±" in text and "(paper +0.06)" in text
+    assert f"GLOW prox over U-Net prox by {tables.signed(difference)} ±" in text and "(paper +0.06)" in text
     (run.directory("denoising", "unet") / "record.json").write_text("{")
     with pytest.raises(ValueError, match="is no result record"):
         results.build_records(run)
 
 
 def test_verdicts():
-    assert results.verdict(0.5, 0.1, 2.0) == "the paper's order"
-    assert results.verdict(-0.5, 0.1, 2.0) == "**the opposite order**"
-    assert results.verdict(0.05, 0.1, 2.0) == "not distinguishable"
+    assert tables.verdict(0.5, 0.1, 2.0) == "replicated"
+    assert tables.verdict(-0.5, 0.1, 2.0) == "the opposite"
+    assert tables.verdict(0.05, 0.1, 2.0) == "not distinguishable"

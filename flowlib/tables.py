@@ -1,0 +1,206 @@
+"""The paper's tables with our numbers beside them, and what follows from both. All numbers come from records."""
+
+import csv
+
+from flowlib.experiments import METHODS, TASKS
+from flowlib.files import write_csv, write_text
+from flowlib.metrics import mean_and_interval
+from flowlib.results import RESULTS, build_records, main_run, recorded
+
+# Of the paper's tables, (name, edition): its title; which evaluation of a record holds our numbers (None: that on test images);
+# and the pairs of methods whose order the paper's text draws conclusions from.
+_PROXES = (("glow", "unet"), ("glow", "resnet"))
+_DENOISERS = (("unet-denoiser", "unet"), ("resnet-denoiser", "resnet"))
+PAPER_TABLES = {
+    ("I", "v2"): ("Three proximal mappings", None, (*_PROXES, *_DENOISERS)),
+    ("II", "v2"): ("The adapted prior against plug-and-play", None, (("glow", "glow-frozen"),)),
+    ("III", "v2"): ("Measurements out of distribution", "shifted", _PROXES),
+    ("IV", "v2"): ("Images out of distribution", "foreign", _PROXES),
+    ("I", "v1"): ("Three proximal mappings", None, _PROXES),
+    ("II", "v1"): ("Images out of distribution", "foreign", _PROXES),
+    ("III", "v1"): ("Pre-trained against from scratch", None, (("glow", "glow-scratch"),)),
+}
+
+
+def paper_table(table, edition):
+    """{(task, setting, method): PSNR in dB} of one of the paper's tables."""
+    with open(RESULTS / "paper.csv", newline="") as f:
+        rows = [r for r in csv.DictReader(f) if r["table"] == table and r["edition"] == edition]
+    return {(r["task"], r["setting"], r["method"]): float(r["psnr_db"]) for r in rows}
+
+
+def outcomes(records, evaluation=None):
+    """{(task, setting, method): what holds "psnr" and "ssim"} of these records; those that diverged have "diverged"."""
+    found = {}
+    for r in records:
+        part = r if evaluation is None else r.get(evaluation)
+        if r["kind"] == "failed":
+            setting = (
+                TASKS[r["name"].removesuffix(f"-{r['prox']}")].shifted_setting
+                if evaluation == "shifted"
+                else r["setting"]
+            )
+            found[r["task"], setting, METHODS[r["prox"]].label] = {"diverged": r["training"]["steps"], "record": r}
+        elif r["kind"] == "solver" and part:
+            found[r["task"], part["setting"], METHODS[r["prox"]].label] = part | {"record": r}
+    return found
+
+
+def setting_text(setting):
+    """A setting as the reader sees it: "sigma_n=0.2" -> "σₙ = 0.2"."""
+    return setting.replace("sigma_n=", "σₙ = ").replace("sigma_b=", "σ_b = ").replace("W=", "W = ")
+
+
+def plus_minus(value, digits=2):
+    """ "12.34 ± 0.56", with spaces that do not break."""
+    return f"{value['mean']:.{digits}f}\u00a0±\u00a0{value['half_width']:.{digits}f}"
+
+
+def table(name, edition, records):
+    """Rows of one of the paper's tables: its number beside ours, from one experiment's records. Our extension, flow-noisy,
+    gets a row wherever the paper compares proximal mappings."""
+    paper, ours = paper_table(name, edition), outcomes(records, PAPER_TABLES[name, edition][1])
+    extra = METHODS["glow-noisy"].label
+    order = list(dict.fromkeys(key[:2] for key in paper))
+    methods = {setting: [key[2] for key in paper if key[:2] == setting] for setting in order}
+    rows = []
+    for task, setting in order:
+        compared = methods[task, setting]
+        for method in [*compared, *([extra] if METHODS["unet"].label in compared else [])]:
+            key = (task, setting, method)
+            result = ours.get(key, {})
+            training = result["record"]["training"] if result else {}
+            has = "psnr" in result
+            rows.append(
+                {
+                    "Task": task,
+                    "Setting": setting_text(setting),
+                    "Method": method,
+                    "Paper, dB": f"{paper[key]:.2f}" if key in paper else "–",
+                    "Ours, dB": plus_minus(result["psnr"]) if has else "diverged" if result else "not run",
+                    "SSIM": f"{result['ssim']['mean']:.3f}" if has else "–",
+                    "Images seen": f"{training['images_seen']:,}" if training else "–",
+                    "Training": f"{training['seconds'] / 60:.1f} min" if training else "–",
+                }
+            )
+    return rows
+
+
+def provenance_rows(records):
+    """One row a run: what made it, on what, when and in what time."""
+    return [
+        {
+            "Run": r["name"],
+            "Edition": r["experiment"]["edition"],
+            "Commit": r["trained"]["commit"],
+            "Profile": r["experiment"]["profile"],
+            "Data set": r["experiment"]["dataset"],
+            "Seed": r["experiment"]["seed"],
+            "Hardware": r["trained"]["hardware"],
+            "Date": r["trained"]["date"][:10],
+            "Training": f"{r['training']['seconds'] / 60:.1f} min",
+            "Steps": f"{r['training']['steps']:,}",
+            "Parameters": f"{r['num_parameters']:,}",
+        }
+        for r in records
+    ]
+
+
+def compare(records, name, edition, task, setting, first="glow", second="unet"):
+    """How far method `first` is above `second` in one of the paper's tables, ours and the paper's: (mean of the paired
+    differences in dB, half width, the paper's difference or None), or None where one of the runs is missing."""
+    paper, ours = paper_table(name, edition), outcomes(records, PAPER_TABLES[name, edition][1])
+    keys = [(task, setting, METHODS[method].label) for method in (first, second)]
+    if not all("psnr" in ours.get(key, {}) for key in keys):
+        return None
+    a, b = (ours[key]["psnr"]["values"] for key in keys)
+    in_paper = paper[keys[0]] - paper[keys[1]] if all(key in paper for key in keys) else None
+    return (*mean_and_interval([p - q for p, q in zip(a, b)]), in_paper)
+
+
+def signed(value):
+    """The text "+1.20" or "−1.20", with a true minus sign."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def verdict(difference, half_width, paper):
+    """In words, whether a paired difference has the sign of the paper's."""
+    if abs(difference) < half_width:
+        return "not distinguishable"
+    return "replicated" if difference * paper > 0 else "the opposite"
+
+
+def claims(name, edition, records):
+    """Rows: every order of methods that one of the paper's tables holds, the paper's difference, ours, and the verdict."""
+    rows = []
+    for task, setting in dict.fromkeys(key[:2] for key in paper_table(name, edition)):
+        for first, second in PAPER_TABLES[name, edition][2]:
+            pair = compare(records, name, edition, task, setting, first, second)
+            if pair and pair[2] is not None:
+                rows.append(
+                    {
+                        "Task": task,
+                        "Setting": setting_text(setting),
+                        "Claim": f"{METHODS[first].label} over {METHODS[second].label}",
+                        "Paper, dB": signed(pair[2]),
+                        "Ours, dB": f"{signed(pair[0])} ± {pair[1]:.2f}",
+                        "Verdict": verdict(*pair),
+                    }
+                )
+    return rows
+
+
+def budget(records):
+    """One sentence on what the runs of one experiment had."""
+    solvers = [r for r in records if r["kind"] == "solver"]
+    names = solvers[0]["experiment"]
+    images = [r["training"]["images_seen"] for r in solvers]
+    minutes = [r["training"]["seconds"] / 60 for r in solvers]
+    return (
+        f"Profile **{names['profile']}** on **{names['dataset']}**, protocol of edition {names['edition']}: each solver saw "
+        f"{min(images):,} to {max(images):,} training images, in {min(minutes):.0f} to {max(minutes):.0f} minutes."
+    )
+
+
+def findings(records):
+    """Markdown for the front page: budget, the claims of Table I, and what the flows are like."""
+    lines = [budget(records) + " This is far below the paper's budget.", ""]
+    edition = next(r for r in records if r["kind"] == "solver")["experiment"]["edition"]
+    for row in claims("I", edition, records):
+        lines.append(
+            f"- {row['Task']}, {row['Setting']}: {row['Claim']} by {row['Ours, dB']} dB (paper {row['Paper, dB']}): "
+            f"**{row['Verdict']}**."
+        )
+    for r in records:
+        if r["kind"] == "failed":
+            lines.append(f"- {METHODS[r['prox']].label}, {r['task']}: **diverged** at step {r['training']['steps']}.")
+        if r["kind"] == "flow":
+            change = {name: response["0.01"] / 0.01 for name, response in r["shrinkage_response"].items()}
+            lines.append(
+                f"- The flow `{r['name']}`: {plus_minus(r['bits_per_dim'])} bits per dimension of clean test images. "
+                f"Shrinking its latents by 1 + λ (λ = 0.01) moves clean images by {change['natural']:.1f} λ and noisy ones by "
+                f"{change['noise 0.2']:.1f} λ, root mean square."
+            )
+    return lines
+
+
+def tabulate(experiment):
+    """Writes all tables that the book includes to build/tables/."""
+    here, kept = build_records(experiment), recorded()
+    tables = experiment.build / "tables"
+    main = main_run(kept)
+    edition = experiment.names["edition"]
+    write_csv(tables / "table1.csv", table("I", edition, here))
+    write_csv(tables / "table1_recorded.csv", table("I", main[-1]["experiment"]["edition"] if main else edition, main))
+    write_csv(tables / "provenance.csv", provenance_rows(here + kept))
+    names = experiment.names
+    total = sum(r["training"]["seconds"] for r in here) / 60
+    write_text(
+        tables / "build.md",
+        f"This build used the profile **{names['profile']}** on the data set **{names['dataset']}** with the protocol of edition "
+        f"**{names['edition']}** ({experiment.edition.num_folds} folds; {experiment.split_sizes['train']} training, "
+        f"{experiment.split_sizes['val']} validation and {experiment.split_sizes['test']} test images), seed {names['seed']}: "
+        f"{len(here)} trainings, {total:.1f} minutes in all. Recorded runs kept with the code: {len(kept)}.",
+    )
+    lines = findings(main) if main else ["No run on real faces is recorded yet; {doc}`build` shows what was run."]
+    write_text(tables / "findings.md", "\n".join(lines))
