@@ -36,6 +36,17 @@ def test_folds_follow_the_formula():
     torch.testing.assert_close(solver(y, operator), x_tilde)
 
 
+def test_operators_may_differ_by_fold():
+    solver = small_solver()
+    x, operator, y = measurement()
+    other = Inpainting(9, 16)
+    x_1 = solver(y, operator, return_folds=True)[1][0].x
+    x_tilde = x_1 + 0.5 * other.A_adjoint(y - other.A(x_1))
+    torch.testing.assert_close(solver(y, [operator, other]), solver.proxes[1](x_tilde, solver.shrinkage[1]))
+    with pytest.raises(ValueError):
+        solver(y, [operator])
+
+
 def test_the_step_descends_the_data_term():
     solver = small_solver(num_folds=1, shrinkage=0.0)
     x, operator, y = measurement()

@@ -15,7 +15,8 @@ import torch
 
 from flowlib import data, results, tables, training
 from flowlib.checkpoints import load_checkpoint, load_tensors
-from flowlib.experiments import Experiment
+from flowlib.experiments import METHODS, TASKS, Experiment
+from flowlib.operators import Denoising
 from flowlib.training import batch_indices, generator_for, learning_rate_factor
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,53 @@ def test_noisy_pretraining_goes_on_from_the_clean_flow(build):
     assert 0 < (w - v).abs().max() < 0.05
 
 
+def state(solver):
+    return {k: v.clone() for k, v in solver.state_dict().items()}
+
+
+def test_what_each_method_starts_from_and_trains(build):
+    run = experiment(build, num_steps=2, lr=1e-2, warmup_steps=1)
+    flow = load_checkpoint(run.flow_directory() / "model.safetensors").state_dict()
+    pretrained = [training.build_solver(run, prox) for prox in ("glow", "glow-frozen")]
+    for solver in pretrained:
+        assert all(torch.equal(flow[k], fold.glow.state_dict()[k]) for fold in solver.proxes for k in flow)
+    fresh = training.build_solver(run, "glow-scratch")
+    weights = [fold.glow.levels[0][0].invconv.weight for fold in fresh.proxes]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], flow["levels.0.0.invconv.weight"])
+    assert fresh.proxes[0].glow.initialized
+
+    before = state(pretrained[1])
+    training.train_unfolded(run, "inpainting", "glow-frozen")
+    after = load_checkpoint(run.directory("inpainting", "glow-frozen") / "model.safetensors").state_dict()
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {"step_size"}
+
+
+def test_baselines_start_from_a_denoiser(build):
+    run = experiment(build, num_steps=2)
+    training.pretrain_denoiser(run, "resnet")
+    denoiser = load_checkpoint(run.denoiser_directory("resnet") / "model.safetensors")
+    y = torch.rand(2, 3, 64, 64) - 0.5
+    denoiser.step_size.data.fill_(1.0)
+    torch.testing.assert_close(denoiser(y, Denoising(0.2)), denoiser.proxes[0](y))
+    solver = training.build_solver(run, "resnet-denoiser")
+    for fold in solver.proxes:
+        assert all(torch.equal(v, fold.state_dict()[k]) for k, v in denoiser.proxes[0].state_dict().items())
+
+
+def test_every_row_of_the_paper_is_trained_by_the_full_profiles():
+    for (name, edition), (_, evaluation, _) in tables.PAPER_TABLES.items():
+        trained = Experiment("cpu", "celeba", edition).trainings()
+        settings = {
+            (
+                TASKS[t].name,
+                getattr(TASKS[t], "shifted_setting" if evaluation == "shifted" else "setting"),
+                METHODS[p].label,
+            )
+            for t, p in trained
+        }
+        assert set(tables.paper_table(name, edition)) <= settings
+
+
 def test_epochs_are_permutations():
     seen = torch.cat([torch.from_numpy(batch_indices(step, 4, 18, seed=1)) for step in range(4)])
     assert len(set(seen.tolist())) == 16
@@ -150,6 +198,7 @@ def test_missing_data_and_flow_are_named(tmp_path):
 
 def test_records_hold_what_the_tables_need(build, monkeypatch, tmp_path):
     run = experiment(build, num_steps=2)
+    data.prepare_synthetic(build / "data" / "synthetic-ood", num_images=6, style="ood")
     results.record_flow(run)
     for prox in ("glow", "unet"):
         training.train_unfolded(run, "denoising", prox)
@@ -158,6 +207,11 @@ def test_records_hold_what_the_tables_need(build, monkeypatch, tmp_path):
     assert len(record["psnr"]["values"]) == 8 and record["training"]["images_seen"] == 8
     assert record["psnr_measurement"]["mean"] == pytest.approx(14, abs=0.3)  # noise of 0.2: -20 log10(0.2) dB
     assert record["folds"][-1]["psnr"] == pytest.approx(record["psnr"]["mean"], abs=1e-3)
+    assert record["shifted"]["setting"] == "sigma_n=0.25" and len(record["foreign"]["psnr"]["values"]) == 6
+    assert record["shifted"]["psnr"]["mean"] < record["psnr"]["mean"] + 1
+    rows = {r["Method"]: r for r in tables.table("III", "v2", [record]) if r["Task"] == "denoising"}
+    assert rows["GLOW prox"]["Ours, dB"] == tables.plus_minus(record["shifted"]["psnr"])
+    assert rows["U-Net prox"]["Ours, dB"] == "not run"
     tables.tabulate(run)
     row = next(r for r in tables.table("I", "v2", results.build_records(run)) if r["Method"] == "GLOW prox")
     assert row["Paper, dB"] == "28.24" and row["Ours, dB"].startswith(f"{record['psnr']['mean']:.2f}\u00a0±")
