@@ -3,16 +3,17 @@ DATASET ?= synthetic
 EDITION ?= v2
 SEED    ?= 0
 BUILD   ?= build
+RETRAIN ?= 0
 PYTHON  ?= .venv/bin/python
 
 SNAKEMAKE = $(PYTHON) -m snakemake --cores all
 SMOKE     = build/smoke
 
-.PHONY: book test lab clean unlock environment
+.PHONY: book test verify lab clean unlock environment
 
 book: environment
 	$(SNAKEMAKE) --rerun-incomplete --config profile=$(PROFILE) dataset=$(DATASET) edition=$(EDITION) \
-	    seed=$(SEED) build=$(BUILD)
+	    seed=$(SEED) build=$(BUILD) retrain=$(RETRAIN)
 	@echo "The book is at $(BUILD)/html/index.html"
 
 test: environment
@@ -25,6 +26,9 @@ test: environment
 	        $$notebook $(SMOKE)/$$(basename $$notebook) || exit 1; \
 	done
 	$(PYTHON) -m pytest --nbval-lax --nbval-current-env $(SMOKE)
+
+verify: environment
+	$(PYTHON) -m flowlib verify --build $(BUILD)
 
 lab: environment
 	$(PYTHON) -m jupyter lab notebooks

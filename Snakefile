@@ -11,10 +11,16 @@ DATASET = config.get("dataset", "synthetic")
 EDITION = config.get("edition", "v2")
 SEED = config.get("seed", 0)
 BUILD = config.get("build", "build")
+RETRAIN = int(config.get("retrain", 0))
 
 # What the profile trains for this edition, "task-prox" each.
 EXPERIMENT = Experiment(PROFILE, DATASET, EDITION, SEED, BUILD)
 TRAININGS = [f"{task}-{prox}" for task, prox in EXPERIMENT.trainings()]
+# Where models of this very experiment are kept with the code, the book is made from those alone, unless retrain=1.
+KEPT = Path("results/checkpoints") / EXPERIMENT.runs.name
+SHIPPED = [] if RETRAIN else sorted(path.stem for path in (KEPT / EDITION).glob("*.safetensors"))
+SHIPPED_FLOWS = [] if RETRAIN else sorted(path.stem for path in KEPT.glob("flow*.safetensors"))
+TRAININGS = SHIPPED or TRAININGS
 # Faces out of distribution, where the data set has such a companion.
 FOREIGN = FOREIGN_IMAGES.get(DATASET)
 if FOREIGN == "anime" and not Path(f"{BUILD}/data/anime").exists() and not any(data_dir().glob("anime*")):
@@ -60,7 +66,6 @@ rule pretrain:
         IMAGES,
     output:
         f"{FLOWS}/flow/model.safetensors",
-        f"{FLOWS}/flow/log.csv",
         f"{FLOWS}/flow/record.json",
     threads: workflow.cores
     shell:
@@ -73,7 +78,6 @@ rule pretrain_noisy:
         rules.pretrain.output,
     output:
         f"{FLOWS}/flow-noisy/model.safetensors",
-        f"{FLOWS}/flow-noisy/log.csv",
         f"{FLOWS}/flow-noisy/record.json",
     threads: workflow.cores
     shell:
@@ -99,6 +103,43 @@ def start_of(wildcards):
         "flow-noisy": f"{FLOWS}/flow-noisy/model.safetensors",
         "denoiser": f"{RUN}/denoiser-{method.network}/model.safetensors",
     }[method.start]
+
+
+# Kept models are only evaluated again.
+rule restore:
+    input:
+        IMAGES,
+        [f"{BUILD}/data/{FOREIGN}/manifest.json"] if FOREIGN else [],
+        model=KEPT / EDITION / "{task}-{prox}.safetensors",
+    output:
+        f"{RUN}/{{task}}-{{prox}}/record.json",
+    threads: workflow.cores
+    shell:
+        f"mkdir -p {RUN}/{{wildcards.task}}-{{wildcards.prox}}"
+        f" && cp {{input.model}} {RUN}/{{wildcards.task}}-{{wildcards.prox}}/model.safetensors"
+        f" && python -m flowlib evaluate {CHOICE} --task {{wildcards.task}} --prox {{wildcards.prox}}"
+
+
+rule restore_flow:
+    input:
+        IMAGES,
+        model=KEPT / "{flow}.safetensors",
+    output:
+        f"{FLOWS}/{{flow}}/model.safetensors",
+        f"{FLOWS}/{{flow}}/record.json",
+    threads: workflow.cores
+    shell:
+        f"mkdir -p {FLOWS}/{{wildcards.flow}}"
+        f" && cp {{input.model}} {FLOWS}/{{wildcards.flow}}/model.safetensors"
+        f" && python -m flowlib evaluate {CHOICE} --flow {{wildcards.flow}}"
+
+
+if SHIPPED:
+    ruleorder: restore > train
+if SHIPPED_FLOWS:
+    ruleorder: restore_flow > pretrain_noisy > pretrain
+else:
+    ruleorder: pretrain_noisy > pretrain > restore_flow
 
 
 # A training that diverges is a result too: it fails, but leaves a record that says so.

@@ -1,4 +1,4 @@
-"""The command line: python -m flowlib {prepare, pretrain, train, evaluate, tabulate, publish}."""
+"""The command line: python -m flowlib {prepare, pretrain, train, evaluate, tabulate, publish, verify}."""
 
 import argparse
 from pathlib import Path
@@ -37,8 +37,14 @@ def main(argv=None):
             kinds.add_argument("--noisy", action="store_true", help="noise-augmented, from the clean flow")
             kinds.add_argument("--denoiser", choices=("unet", "resnet"), help="no flow, but this network as a denoiser")
         if name in ("train", "evaluate"):
-            command.add_argument("--task", required=True, choices=TASKS)
-            command.add_argument("--prox", required=True, choices=METHODS)
+            command.add_argument("--task", required=name == "train", choices=TASKS)
+            command.add_argument("--prox", required=name == "train", choices=METHODS)
+        if name == "evaluate":
+            command.add_argument("--flow", choices=("flow", "flow-noisy"), help="this pre-trained flow, no solver")
+        if name == "publish":
+            command.add_argument("--ship", nargs="*", default=[], help="also keep these models, in half precision")
+    verify = commands.add_parser("verify", help="evaluate every shipped checkpoint and compare with its record")
+    verify.add_argument("--build", default="build")
 
     args = vars(parser.parse_args(argv))
     command = args.pop("command")
@@ -55,21 +61,31 @@ def main(argv=None):
     # Imported late: preparing images and asking for help need no torch training code.
     from flowlib import results, tables, training
 
-    noisy, denoiser, task, prox = (args.pop(k, None) for k in ("noisy", "denoiser", "task", "prox"))
-    experiment = Experiment(**args)
-    if denoiser:
-        training.pretrain_denoiser(experiment, denoiser)
+    if command == "verify":
+        rows = results.verify(**args)
+        for row in rows:
+            print("  ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+        return 0 if all(row.get("agrees", True) for row in rows) else 1
+    options = {k: args.pop(k, None) for k in ("noisy", "denoiser", "flow", "task", "prox", "ship")}
+    experiment, task, prox = Experiment(**args), options["task"], options["prox"]
+    if command == "pretrain" and options["denoiser"]:
+        training.pretrain_denoiser(experiment, options["denoiser"])
     elif command == "pretrain":
-        training.pretrain(experiment, noisy)
-        results.record_flow(experiment, noisy)
-    elif command == "train":
-        training.train_unfolded(experiment, task, prox)
+        training.pretrain(experiment, options["noisy"])
+        results.record_flow(experiment, options["noisy"])
+    elif command == "evaluate" and options["flow"]:
+        results.record_flow(experiment, options["flow"] == "flow-noisy")
+    elif command == "evaluate" and not (task and prox):
+        parser.error("evaluate needs --task and --prox, or --flow")
+    elif command in ("train", "evaluate"):
+        if command == "train":
+            training.train_unfolded(experiment, task, prox)
         results.record_solver(experiment, task, prox)
-    elif command == "evaluate":
-        results.record_solver(experiment, task, prox)
+    elif command == "publish":
+        results.publish(experiment, options["ship"])
     else:
-        {"tabulate": tables.tabulate, "publish": results.publish}[command](experiment)
+        tables.tabulate(experiment)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

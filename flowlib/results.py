@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from flowlib.checkpoints import load_checkpoint, load_tensors
-from flowlib.data import dequantize, to_tensor
-from flowlib.experiments import TASKS
+from flowlib.checkpoints import load_checkpoint, load_tensors, save_checkpoint
+from flowlib.data import dequantize, prepare_named, to_tensor
+from flowlib.experiments import TASKS, Experiment
 from flowlib.files import write_json
 from flowlib.metrics import mean_and_interval, psnr, ssim
 from flowlib.provenance import provenance
@@ -41,14 +41,20 @@ def _record(experiment, directory, name, **content):
 
 
 @torch.no_grad()
+def _bits_per_dim(glow, images, seed):
+    x = dequantize(images, generator_for(seed, "test")).to(device())
+    return torch.cat([glow.bits_per_dim(batch) for batch in batches(x, 50)])
+
+
+@torch.no_grad()
 def record_flow(experiment, noisy=False):
     """Writes the record of a pre-trained flow: bits per dimension of the test images, its round trip, and what shrinking
     the latents by 1 + λ does to images, clean and not: their root-mean-square change."""
     directory = experiment.flow_directory(noisy)
     glow = load_checkpoint(directory / "model.safetensors").to(device())
-    x = dequantize(experiment.split("test"), generator_for(experiment.seed, "test")).to(device())
-    bits = torch.cat([glow.bits_per_dim(batch) for batch in batches(x, 50)])
-    some = x[:50]
+    images = experiment.split("test")
+    bits = _bits_per_dim(glow, images, experiment.seed)
+    some = dequantize(images[:50], generator_for(experiment.seed, "test")).to(device())
     noise = torch.randn(some.shape, generator=generator_for(experiment.seed, "round trip")).to(some)
     inputs = {"natural": some, "noise 0.2": some + 0.2 * noise, "constant": torch.zeros_like(some)}
     round_trip, response = {}, {}
@@ -163,11 +169,54 @@ def record_files(experiment):
     ]
 
 
-def publish(experiment):
-    """Copies all records of an experiment into results/runs/, to be kept with the code."""
+def publish(experiment, ship=()):
+    """Copies all records of an experiment into results/runs/, to be kept with the code; and, in half precision into
+    results/checkpoints/, the models named in ship (such as "flow" or "inpainting-glow")."""
+    names = []
     for path in record_files(experiment):
-        kept = RESULTS / "runs" / path.parent.relative_to(experiment.runs.parent)
-        write_json(kept.with_suffix(".json"), json.loads(path.read_text()))
+        place = path.parent.relative_to(experiment.runs.parent)
+        write_json(RESULTS / "runs" / f"{place}.json", json.loads(path.read_text()))
+        names.append(place.name)
+        if place.name in ship:
+            source = path.parent / "model.safetensors"
+            info = load_tensors(source)[1]["info"]
+            save_checkpoint(
+                RESULTS / "checkpoints" / f"{place}.safetensors", load_checkpoint(source), torch.float16, **info
+            )
+    if missing := set(ship) - set(names):
+        raise ValueError(f"no run {', '.join(sorted(missing))} to ship; there are: {', '.join(names)}")
+
+
+def verify(build="build"):
+    """Evaluates every shipped checkpoint whose images are there again, and compares with its record. Rows: name, what was
+    recorded, what is found, and whether they agree to 0.02 dB (0.002 bits/dim for a flow)."""
+    rows = []
+    for path in sorted((RESULTS / "checkpoints").rglob("*.safetensors")):
+        place = path.relative_to(RESULTS / "checkpoints").with_suffix("")
+        kept = json.loads((RESULTS / "runs" / f"{place}.json").read_text())
+        experiment = Experiment(**kept["experiment"], build=build)
+        out = experiment.build / "data" / experiment.dataset
+        try:
+            if not (out / "manifest.json").exists():
+                prepare_named(experiment.dataset, out)
+            x = experiment.split("test")
+        except FileNotFoundError as error:
+            rows.append({"checkpoint": str(place), "found": f"not evaluated: {error}"})
+            continue
+        model = load_checkpoint(path).to(device())
+        if kept["kind"] == "flow":
+            recorded_value, tolerance = kept["bits_per_dim"]["mean"], 0.002
+            value = _bits_per_dim(model, x, experiment.seed).mean().item()
+        else:
+            recorded_value, tolerance = kept["psnr"]["mean"], 0.02
+            x, task = to_tensor(x), kept["name"].removesuffix(f"-{kept['prox']}")
+            operator = TASKS[task].make_operator(x.shape[-1]).to(device())
+            y = operator.measure(x.to(device()), generator_for(experiment.seed, "test"))
+            with torch.no_grad():
+                value = psnr(_reconstruct(model, operator, y)[0], x).mean().item()
+        agrees = abs(value - recorded_value) <= tolerance
+        rows.append({"checkpoint": str(place), "recorded": recorded_value, "found": value, "agrees": agrees})
+    return rows
 
 
 def read_records(paths):
