@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from flowlib.data import to_uint8
 from flowlib.experiments import METHODS
+from flowlib.metrics import psnr
 from flowlib.tables import setting_text
 
 # Okabe and Ito's colour-blind-safe palette: one colour a method, everywhere.
@@ -80,6 +81,14 @@ def image_grid(columns, below=None, row_labels=None):
     for label, axis in zip(row_labels or [], axes[:, 0]):
         axis.set_ylabel(label)
     return figure
+
+
+def examples(images, y, estimates):
+    """One row an image: measurement y, the estimate of each prox, original; PSNR below. y, estimates: results.reconstruct's."""
+    x = images[: len(y)]
+    columns = {"measurement": y} | {SHORT_LABELS[prox]: x_hat for prox, x_hat in estimates.items()}
+    below = {title: [f"{value:.1f} dB" for value in psnr(column, x)] for title, column in columns.items()}
+    return image_grid(columns | {"original": x}, below=below)
 
 
 def mosaic(images, num_columns, gap=2):

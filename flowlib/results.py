@@ -160,6 +160,16 @@ def record_solver(experiment, task, prox):
     )
 
 
+@torch.no_grad()
+def reconstruct(experiment, task, proxes, x, num, shifted=False):
+    """(y, {prox: x_hat}) of the first num images of x, measured as evaluations measure them, by those of these proxes that
+    are trained in this build."""
+    operator = TASKS[task].make_operator(x.shape[-1], shifted)
+    y = operator.measure(x, generator_for(experiment.seed, "test"))[:num]
+    paths = {prox: experiment.directory(task, prox) / "model.safetensors" for prox in proxes}
+    return y, {prox: load_checkpoint(path)(y, operator) for prox, path in paths.items() if path.is_file()}
+
+
 def record_files(experiment):
     """The record.json files of this build's experiment: its flows', then its solvers'."""
     edition = experiment.names["edition"]
