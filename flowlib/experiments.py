@@ -103,7 +103,6 @@ class Training:
     clip_norm: float = 1.0
     weight_decay: float = 0.0
     shrinkage: float = 0.1
-    last_conv_factor: float = 1.0
     validate_every: int = 100
     val_images: int = 200
     patience: int = 10
@@ -171,17 +170,11 @@ PROFILES = {
         pretraining=Training(num_steps=5000, batch_size=32, lr=1e-3, validate_every=250),
         noisy_pretraining=Training(num_steps=1200, batch_size=32, lr=5e-4, validate_every=200),
         unfolding={
-            # A well-trained flow needs more care: see book/choices.md, "Learning rate".
             "glow": Training(
-                num_steps=300,
-                batch_size=8,
-                lr=2e-4,
-                last_conv_factor=0.1,
-                scalar_lr=2e-3,
-                shrinkage=0.01,
-                clip_norm=0.1,
-                warmup_steps=20,
-                validate_every=75,
+                num_steps=250, batch_size=8, lr=2e-4, clip_norm=0.1, warmup_steps=20, validate_every=50, val_images=100
+            ),
+            "glow-frozen": Training(
+                num_steps=60, batch_size=8, lr=0.0, warmup_steps=10, validate_every=20, val_images=100
             ),
             "unet": Training(num_steps=650, batch_size=8, lr=1e-3, validate_every=130),
             "resnet": Training(num_steps=800, batch_size=8, lr=1e-3, validate_every=160),

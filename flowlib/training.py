@@ -236,14 +236,12 @@ def build_solver(experiment, prox):
 
 
 def parameter_groups(solver, config):
-    """The networks, the last convolutions of coupling nets, and the scalars μ and λ, each with its learning rate."""
-    groups = {"networks": [], "last": [], "scalars": []}
+    """The networks and the scalars μ and λ, each with its learning rate; frozen parameters are left out."""
+    groups = {"networks": [], "scalars": []}
     for name, parameter in solver.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        last = ".net.conv3." in name or name.endswith(".net.log_scale")
-        groups["scalars" if name in ("step_size", "shrinkage") else "last" if last else "networks"].append(parameter)
-    rates = {"networks": config.lr, "last": config.lr * config.last_conv_factor, "scalars": config.scalar_lr}
+        if parameter.requires_grad:
+            groups["scalars" if name in ("step_size", "shrinkage") else "networks"].append(parameter)
+    rates = {"networks": config.lr, "scalars": config.scalar_lr}
     return [{"params": groups[name], "lr": rates[name]} for name in groups if groups[name]]
 
 

@@ -1,0 +1,111 @@
+"""Which blur fits the paper's six numbers? For each kernel size and boundary: what classical inverses recover, and what each
+proximal mapping reaches after a short training at σ_b 5, tested at 5 and 8. Run: python benchmarks/blur.py --dataset celeba
+
+Trainings lie under build/blur; what is there is not trained again."""
+
+import argparse
+import dataclasses
+import shutil
+from pathlib import Path
+
+import torch
+
+from flowlib import data, experiments, psnr
+from flowlib.checkpoints import load_checkpoint, load_tensors
+from flowlib.data import to_tensor
+from flowlib.experiments import TASKS, Experiment
+from flowlib.files import write_json
+from flowlib.operators import Blur
+from flowlib.provenance import provenance
+from flowlib.results import RESULTS
+from flowlib.training import device, train_unfolded
+
+KERNELS = (3, 5, 7, 9, 15, 31)
+PROXES = ("resnet", "unet", "glow")
+
+
+def conjugate_gradients(operator, y, num_steps):
+    """Least squares by conjugate gradients on the normal equations, stopped after num_steps."""
+    x = torch.zeros_like(y)
+    r = operator.A_adjoint(y)
+    p, rr = r, r.square().sum(dim=(1, 2, 3), keepdim=True)
+    for _ in range(num_steps):
+        Ap = operator.A_adjoint(operator.A(p))
+        step = rr / (p * Ap).sum(dim=(1, 2, 3), keepdim=True)
+        x, r = x + step * p, r - step * Ap
+        previous, rr = rr, r.square().sum(dim=(1, 2, 3), keepdim=True)
+        p = r + rr / previous * p
+    return x
+
+
+@torch.no_grad()
+def classical(operator, x):
+    """Mean PSNR of the blurred image, and of conjugate gradients after few and many steps, in float64."""
+    x = x.double()
+    y = operator.double().A(x)
+    steps = {str(n): psnr(conjugate_gradients(operator, y, n), x).mean().item() for n in (5, 20, 100)}
+    return {"blurred": psnr(y, x).mean().item(), "conjugate_gradients": steps}
+
+
+@torch.no_grad()
+def tested(path, kernel_size, boundary, x):
+    """Mean PSNR of a trained solver at σ_b 5 and 8."""
+    solver, result = load_checkpoint(path).to(device()), {}
+    for sigma_b in (5.0, 8.0):
+        operator = Blur(sigma_b, kernel_size, boundary).to(device())
+        x_hat = torch.cat([solver(operator.A(batch), operator) for batch in x.to(device()).split(50)])
+        result[str(sigma_b)] = psnr(x_hat.cpu(), x).mean().item()
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="synthetic")
+    parser.add_argument("--edition", default="v1")
+    parser.add_argument("--flow", required=True, help="folder of a pre-trained flow of the profile cpu")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--train", nargs="*", type=int, default=(3, 5, 7, 9), help="kernel sizes that are trained")
+    parser.add_argument("--build", default="build/blur")
+    args = parser.parse_args()
+    rows = []
+    for boundary in Blur.BOUNDARIES:
+        for kernel_size in KERNELS:
+            experiment = Experiment(
+                "cpu", args.dataset, args.edition, build=Path(args.build) / f"{boundary}-{kernel_size}"
+            )
+            out = Path(args.build) / "data" / args.dataset
+            if not (out / "manifest.json").exists():
+                data.prepare_named(args.dataset, out)
+            x = to_tensor(
+                data.load(out).images[data.split_indices(len(data.load(out)), **experiment.split_sizes)["test"]]
+            )
+            row = {"kernel_size": kernel_size, "boundary": boundary}
+            row["classical"] = {str(s): classical(Blur(s, kernel_size, boundary), x[:50]) for s in (5.0, 8.0)}
+            rows.append(row)
+            if boundary != "circular" or kernel_size not in args.train:
+                continue
+            # The task with this kernel, in a build of its own that shares images and flow.
+            changed = dataclasses.replace(TASKS["deblurring"], parameters=dict(sigma_b=5.0, kernel_size=kernel_size))
+            experiments.TASKS["deblurring"] = changed
+            shutil.copytree(out, experiment.build / "data" / args.dataset, dirs_exist_ok=True)
+            shutil.copytree(args.flow, experiment.flow_directory(), dirs_exist_ok=True)
+            profile = experiment.profile
+            short = {
+                k: dataclasses.replace(v, num_steps=args.steps, validate_every=args.steps)
+                for k, v in profile.unfolding.items()
+            }
+            experiment.profile = dataclasses.replace(profile, unfolding=short)
+            row["trained"] = {}
+            for prox in PROXES:
+                path = experiment.directory("deblurring", prox) / "model.safetensors"
+                if not path.exists():
+                    train_unfolded(experiment, "deblurring", prox)
+                summary = load_tensors(path)[1]["info"]["summary"]
+                row["trained"][prox] = tested(path, kernel_size, boundary, x) | {"images_seen": summary["images_seen"]}
+            print(row)
+    record = {"rows": rows, "arguments": vars(args), "split": experiment.split_sizes, **provenance()}
+    write_json(RESULTS / "benchmarks" / "blur.json", record)
+
+
+if __name__ == "__main__":
+    main()
