@@ -109,7 +109,7 @@ class Classical:
 CLASSICAL = {
     "denoising": {
         "measurement": Classical("Noisy image", measurement),
-        "tv": Classical("Total variation", tv_denoising, "weight", (0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2)),
+        "tv": Classical("Total variation", tv_denoising, "weight", (0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25)),
         "nl-means": Classical("Non-local means", nl_means, "h / σₙ", (0.7, 0.8, 0.9, 1.0, 1.1)),
     },
     "inpainting": {
