@@ -1,4 +1,4 @@
-# From nothing to the book: prepare -> pretrain -> train -> evaluate -> tabulate -> notebooks -> stage -> book.
+# From nothing to the book: prepare -> pretrain -> train -> evaluate -> classical -> tabulate -> notebooks -> stage -> book.
 # `make book` calls this file. One more way: snakemake --cores all --config profile=cpu dataset=celeba
 import sys
 from pathlib import Path
@@ -25,7 +25,8 @@ TRAININGS = SHIPPED or TRAININGS
 FOREIGN = FOREIGN_IMAGES.get(DATASET)
 if FOREIGN == "anime" and not Path(f"{BUILD}/data/anime").exists() and not any(data_dir().glob("anime*")):
     FOREIGN = None  # the user has CelebA only
-NOTEBOOKS = ["01_data", "02_flow", "03_solver", "04_table1", "05_figures", "06_engine", "07_stability", "08_speed", "09_tables"]
+NOTEBOOKS = ["01_data", "02_flow", "03_solver", "04_table1", "05_figures", "06_engine", "07_stability", "08_speed"]
+NOTEBOOKS += ["09_tables", "10_classical"]
 TABLES = ["table1.csv", "table1_recorded.csv", "provenance.csv", "build.md", "findings.md"]
 
 FLOWS = f"{BUILD}/runs/{PROFILE}-{DATASET}-s{SEED}"
@@ -155,8 +156,20 @@ rule train:
         f"python -m flowlib train {CHOICE} --task {{wildcards.task}} --prox {{wildcards.prox}} || test -f {{output}}"
 
 
+# The record of one method stands for all. It has every core to itself because it is timed.
+rule classical:
+    input:
+        IMAGES,
+    output:
+        f"{RUN}/classical-deblurring-tikhonov/record.json",
+    threads: workflow.cores
+    shell:
+        f"python -m flowlib classical {CHOICE}"
+
+
 rule tabulate:
     input:
+        rules.classical.output,
         expand(f"{FLOWS}/{{flow}}/record.json", flow=["flow", "flow-noisy"]),
         expand(f"{RUN}/{{training}}/record.json", training=TRAININGS),
         recorded=sorted(str(path) for path in Path("results").rglob("*") if path.suffix in (".csv", ".json")),

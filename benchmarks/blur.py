@@ -12,6 +12,7 @@ import torch
 
 from flowlib import data, experiments, psnr
 from flowlib.checkpoints import load_checkpoint, load_tensors
+from flowlib.classical import conjugate_gradients
 from flowlib.data import to_tensor
 from flowlib.experiments import TASKS, Experiment
 from flowlib.files import write_json
@@ -24,26 +25,12 @@ KERNELS = (3, 5, 7, 9, 15, 31)
 PROXES = ("resnet", "unet", "glow")
 
 
-def conjugate_gradients(operator, y, num_steps):
-    """Least squares by conjugate gradients on the normal equations, stopped after num_steps."""
-    x = torch.zeros_like(y)
-    r = operator.A_adjoint(y)
-    p, rr = r, r.square().sum(dim=(1, 2, 3), keepdim=True)
-    for _ in range(num_steps):
-        Ap = operator.A_adjoint(operator.A(p))
-        step = rr / (p * Ap).sum(dim=(1, 2, 3), keepdim=True)
-        x, r = x + step * p, r - step * Ap
-        previous, rr = rr, r.square().sum(dim=(1, 2, 3), keepdim=True)
-        p = r + rr / previous * p
-    return x
-
-
 @torch.no_grad()
 def classical(operator, x):
     """Mean PSNR of the blurred image, and of conjugate gradients after few and many steps, in float64."""
     x = x.double()
     y = operator.double().A(x)
-    steps = {str(n): psnr(conjugate_gradients(operator, y, n), x).mean().item() for n in (5, 20, 100)}
+    steps = {str(n): psnr(conjugate_gradients(y, operator, n), x).mean().item() for n in (5, 20, 100)}
     return {"blurred": psnr(y, x).mean().item(), "conjugate_gradients": steps}
 
 

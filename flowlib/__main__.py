@@ -1,4 +1,4 @@
-"""The command line: python -m flowlib {prepare, pretrain, train, evaluate, tabulate, publish, verify}."""
+"""The command line: python -m flowlib {prepare, pretrain, train, evaluate, classical, tabulate, publish, verify}."""
 
 import argparse
 from pathlib import Path
@@ -23,6 +23,7 @@ def main(argv=None):
         "pretrain": "pre-train the flow by likelihood",
         "train": "train the unfolded solver for one task and prox, and evaluate it",
         "evaluate": "evaluate it again on the test images and write its record",
+        "classical": "run the classical methods of all tasks, and write their records",
         "tabulate": "write the tables of all records",
         "publish": "copy the records of an experiment into results/",
     }.items():
@@ -59,7 +60,7 @@ def main(argv=None):
         return print(f"{len(data.load(out))} images in {out}")
 
     # Imported late: preparing images and asking for help need no torch training code.
-    from flowlib import results, tables, training
+    from flowlib import classical, results, tables, training
 
     if command == "verify":
         rows = results.verify(**args)
@@ -81,6 +82,10 @@ def main(argv=None):
         if command == "train":
             training.train_unfolded(experiment, task, prox)
         results.record_solver(experiment, task, prox)
+    elif command == "classical":
+        for task in TASKS:
+            if experiment.names["edition"] in TASKS[task].editions:
+                classical.record_classical(experiment, task)
     elif command == "publish":
         results.publish(experiment, options["ship"])
     else:

@@ -126,7 +126,7 @@ class Blur(LinearOperator):
         kernel = torch.exp(-0.5 * (offsets / sigma_b) ** 2)
         self.register_buffer("kernel", kernel / kernel.sum())
 
-    def _matrix(self, size, like):
+    def matrix(self, size, like):
         """The blur along one axis as a matrix (size, size)."""
         radius = len(self.kernel) // 2
         if radius >= size:
@@ -145,7 +145,7 @@ class Blur(LinearOperator):
         return matrix.to(like)
 
     def A(self, x):
-        return self._matrix(x.shape[-2], x) @ x @ self._matrix(x.shape[-1], x).T
+        return self.matrix(x.shape[-2], x) @ x @ self.matrix(x.shape[-1], x).T
 
     def A_adjoint(self, y):
-        return self._matrix(y.shape[-2], y).T @ y @ self._matrix(y.shape[-1], y)
+        return self.matrix(y.shape[-2], y).T @ y @ self.matrix(y.shape[-1], y)

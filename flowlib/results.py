@@ -25,9 +25,14 @@ def statistics(values, digits=4):
     return dict(mean=mean, half_width=half_width, values=[round(float(v), digits) for v in values])
 
 
+def data_of(experiment):
+    """What a record says of the images that it is about."""
+    manifest = experiment.images().manifest
+    return {k: manifest[k] for k in ("name", "source", "crop", "pixels_sha256")} | {"split": experiment.split_sizes}
+
+
 def _record(experiment, directory, name, **content):
     info = load_tensors(directory / "model.safetensors")[1]["info"]
-    manifest = experiment.images().manifest
     record = dict(
         name=name,
         experiment=experiment.names,
@@ -35,7 +40,7 @@ def _record(experiment, directory, name, **content):
         training=info["summary"],
         trained=info["provenance"],
         evaluated=provenance(),
-        data={k: manifest[k] for k in ("name", "source", "crop", "pixels_sha256")} | {"split": experiment.split_sizes},
+        data=data_of(experiment),
     )
     write_json(directory / "record.json", record)
 
@@ -171,7 +176,7 @@ def reconstruct(experiment, task, proxes, x, num, shifted=False):
 
 
 def record_files(experiment):
-    """The record.json files of this build's experiment: its flows', then its solvers'."""
+    """The record.json files of this build's experiment: its flows', then its solvers' and classical methods'."""
     edition = experiment.names["edition"]
     return [
         *sorted(experiment.runs.glob("flow*/record.json")),
@@ -266,12 +271,15 @@ def recorded():
 
 
 def main_run(records, edition=None):
-    """The records of the one experiment that has most solvers, with its flows: profiles must not be mixed in a comparison."""
+    """The records of the one experiment that has most solvers, with its flows and classical methods: profiles must not be
+    mixed in a comparison."""
 
     def key(record, *names):
         return tuple(record["experiment"][name] for name in ("profile", "dataset", "seed", *names))
 
-    solvers = [r for r in records if r["kind"] != "flow" and edition in (None, r["experiment"]["edition"])]
+    solvers = [
+        r for r in records if r["kind"] in ("solver", "failed") and edition in (None, r["experiment"]["edition"])
+    ]
     most = Counter(key(r, "edition") for r in solvers).most_common(1)
     if not most:
         return []

@@ -87,22 +87,23 @@ def table(name, edition, records):
 
 
 def provenance_rows(records):
-    """One row a run: what made it, on what, when and in what time."""
+    """One row a run: what made it, on what, when and in what time. Classical methods have no training."""
     return [
         {
             "Run": r["name"],
             "Edition": r["experiment"]["edition"],
-            "Commit": r["trained"]["commit"],
+            "Commit": made["commit"],
             "Profile": r["experiment"]["profile"],
             "Data set": r["experiment"]["dataset"],
             "Seed": r["experiment"]["seed"],
-            "Hardware": r["trained"]["hardware"],
-            "Date": r["trained"]["date"][:10],
-            "Training": f"{r['training']['seconds'] / 60:.1f} min",
-            "Steps": f"{r['training']['steps']:,}",
-            "Parameters": f"{r['num_parameters']:,}",
+            "Hardware": made["hardware"],
+            "Date": made["date"][:10],
+            "Training": f"{r['training']['seconds'] / 60:.1f} min" if "training" in r else "–",
+            "Steps": f"{r['training']['steps']:,}" if "training" in r else "–",
+            "Parameters": f"{r['num_parameters']:,}" if "num_parameters" in r else "–",
         }
         for r in records
+        for made in [r.get("trained") or r["evaluated"]]
     ]
 
 
@@ -116,6 +117,31 @@ def compare(records, name, edition, task, setting, first="glow", second="unet"):
     a, b = (ours[key]["psnr"]["values"] for key in keys)
     in_paper = paper[keys[0]] - paper[keys[1]] if all(key in paper for key in keys) else None
     return (*mean_and_interval([p - q for p, q in zip(a, b)]), in_paper)
+
+
+def beside_classical(task, setting, edition, records):
+    """Rows of one task: the paper's best, our best learned solver and the classical methods, from one experiment's records."""
+    paper = {key[2]: value for key, value in paper_table("I", edition).items() if key[:2] == (task, setting)}
+    best = max(paper, key=paper.get)
+    empty = {"PSNR, dB": "not run", "SSIM": "–", "ms an image": "–", "Parameter": "–"}
+    rows = [{"Method": f"Best of the paper: {best}"} | empty | {"PSNR, dB": f"{paper[best]:.2f}"}]
+
+    def row(label, r):
+        chosen = r.get("parameter")
+        return {
+            "Method": label,
+            "PSNR, dB": plus_minus(r["psnr"]),
+            "SSIM": f"{r['ssim']['mean']:.3f}",
+            "ms an image": f"{r['milliseconds_per_image']:.1f}",
+            "Parameter": f"{chosen['name']} = {chosen['value']:g}" if chosen else "–",
+        }
+
+    here = [r for r in records if (r.get("task"), r.get("setting")) == (task, setting)]
+    here = sorted((r for r in here if r["kind"] in ("solver", "classical")), key=lambda r: -r["psnr"]["mean"])
+    learned = next((r for r in here if r["kind"] == "solver"), None)
+    label = "Our best learned"
+    rows.append(row(f"{label}: {METHODS[learned['prox']].label}", learned) if learned else {"Method": label} | empty)
+    return rows + [row(r["method"], r) for r in here if r["kind"] == "classical"]
 
 
 def signed(value):
@@ -194,13 +220,13 @@ def tabulate(experiment):
     write_csv(tables / "table1_recorded.csv", table("I", main[-1]["experiment"]["edition"] if main else edition, main))
     write_csv(tables / "provenance.csv", provenance_rows(here + kept))
     names = experiment.names
-    total = sum(r["training"]["seconds"] for r in here) / 60
+    minutes = [r["training"]["seconds"] / 60 for r in here if "training" in r]
     write_text(
         tables / "build.md",
         f"This build used the profile **{names['profile']}** on the data set **{names['dataset']}** with the protocol of edition "
         f"**{names['edition']}** ({experiment.edition.num_folds} folds; {experiment.split_sizes['train']} training, "
         f"{experiment.split_sizes['val']} validation and {experiment.split_sizes['test']} test images), seed {names['seed']}: "
-        f"{len(here)} trainings, {total:.1f} minutes in all. Recorded runs kept with the code: {len(kept)}.",
+        f"{len(minutes)} trainings, {sum(minutes):.1f} minutes in all. Recorded runs kept with the code: {len(kept)}.",
     )
     lines = findings(main) if main else ["No run on real faces is recorded yet; {doc}`build` shows what was run."]
     write_text(tables / "findings.md", "\n".join(lines))
