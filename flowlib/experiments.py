@@ -156,6 +156,7 @@ PROFILES = {
         noisy_pretraining=Training(num_steps=150, batch_size=16, lr=1e-3),
         unfolding={
             "glow": Training(num_steps=80, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=40, warmup_steps=20),
+            "glow-frozen": Training(num_steps=20, batch_size=8, lr=0.0, warmup_steps=5, validate_every=10),
             "unet": Training(num_steps=120, batch_size=8, lr=2e-3, validate_every=40, warmup_steps=20),
             "resnet": Training(num_steps=100, batch_size=8, lr=2e-3, validate_every=50, warmup_steps=20),
         },
