@@ -139,8 +139,7 @@ def record_solver(experiment, task, prox):
         y_shifted = measured(shifted, x)
         setting = {"setting": TASKS[task].shifted_setting}
         evaluations["shifted"] = setting | _quality(_reconstruct(solver, shifted, y_shifted)[0], x)
-        # What the paper's words say if taken literally: only the last fold knows of the new operator.
-        operators = [operator] * (solver.num_folds - 1) + [shifted]
+        operators = last_fold_only(operator, shifted, solver.num_folds)
         evaluations["shifted_last_fold"] = setting | _quality(_reconstruct(solver, operators, y_shifted)[0], x)
     foreign = experiment.foreign_images()
     if foreign is not None:
@@ -165,14 +164,26 @@ def record_solver(experiment, task, prox):
     )
 
 
+def last_fold_only(operator, shifted, num_folds):
+    """Operators for each fold such that only the last one knows of the new setting, as the paper words it for inpainting."""
+    return [operator] * (num_folds - 1) + [shifted]
+
+
 @torch.no_grad()
 def reconstruct(experiment, task, proxes, x, num, shifted=False):
     """(y, {prox: x_hat}) of the first num images of x, measured as evaluations measure them, by those of these proxes that
     are trained in this build."""
     operator = TASKS[task].make_operator(x.shape[-1], shifted)
     y = operator.measure(x, generator_for(experiment.seed, "test"))[:num]
-    paths = {prox: experiment.directory(task, prox) / "model.safetensors" for prox in proxes}
-    return y, {prox: load_checkpoint(path)(y, operator) for prox, path in paths.items() if path.is_file()}
+    estimates = {}
+    for prox in proxes:
+        path = experiment.directory(task, prox) / "model.safetensors"
+        if path.is_file():
+            solver, operators = load_checkpoint(path), operator
+            if shifted and task == "inpainting":
+                operators = last_fold_only(TASKS[task].make_operator(x.shape[-1]), operator, solver.num_folds)
+            estimates[prox] = solver(y, operators)
+    return y, estimates
 
 
 def record_files(experiment):
