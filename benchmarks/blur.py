@@ -90,7 +90,12 @@ def main():
                 summary = load_tensors(path)[1]["info"]["summary"]
                 row["trained"][prox] = tested(path, kernel_size, boundary, x) | {"images_seen": summary["images_seen"]}
             print(row)
-    record = {"rows": rows, "arguments": vars(args), "split": experiment.split_sizes, **provenance()}
+    record = {
+        "rows": rows,
+        "arguments": {"dataset": args.dataset, "steps": args.steps},
+        "split": experiment.split_sizes,
+        **provenance(),
+    }
     write_json(RESULTS / "benchmarks" / "blur.json", record)
 
 

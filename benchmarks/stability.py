@@ -180,7 +180,10 @@ def main():
         if not flows[-1].exists():
             pretrain(experiment)
     record["longer"] = [longer(path, test[:32]) for path in flows]
-    write_json(RESULTS / "benchmarks" / "stability.json", record | {"arguments": vars(args)} | provenance())
+    write_json(
+        RESULTS / "benchmarks" / "stability.json",
+        record | {"arguments": {"dataset": args.dataset, "steps": args.steps}} | provenance(),
+    )
 
 
 if __name__ == "__main__":
