@@ -78,7 +78,8 @@ class InvConv1x1(nn.Module):
         state = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
         if self._kept.get(name, (None,))[0] != state:
             with torch.no_grad():
-                self._kept[name] = state, compute(weight.double()).to(weight.dtype)
+                # With an alias of W, so that no other tensor can come to lie at its address.
+                self._kept[name] = state, compute(weight.double()).to(weight.dtype), weight.detach()
         return self._kept[name][1]
 
     def inverse_weight(self):

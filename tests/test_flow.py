@@ -156,6 +156,9 @@ CHANGES = {
     "copy": lambda conv: conv.weight.copy_(conv.weight + torch.eye(4)),
     "load": lambda conv: conv.load_state_dict({"weight": conv.weight + torch.eye(4)}),
     "float64": lambda conv: conv.double(),
+    "replaced twice": lambda conv: [
+        setattr(conv, "weight", torch.nn.Parameter(conv.weight + torch.eye(4))) for _ in "12"
+    ],
     "replaced": lambda conv: setattr(conv, "weight", torch.nn.Parameter(conv.weight + torch.eye(4))),
 }
 
