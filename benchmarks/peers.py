@@ -159,7 +159,7 @@ def main():
         functions[f"{name}: training"] = train
         if "reversible" not in name:
             functions[f"{name}: forward"] = torch.no_grad()(lambda chain=chain: chain(x))
-    seconds = alternate(functions, args.repeats)
+    seconds = {name: min(values) for name, values in alternate(functions, args.repeats).items()}
     rows = []
     for key, value in seconds.items():
         name, what = key.split(": ")

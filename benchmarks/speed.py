@@ -1,10 +1,11 @@
-"""Speed of the flow as ratios in one run: minima over alternating repeats, beside the floor and beside other packages.
+"""Speed of the flow as ratios in one run: minima and medians over alternating repeats, beside the floor.
 
 The floor is the coupling networks' convolutions alone (with ReLU), in the same memory format and dtype: no flow that
 evaluates these networks can be faster. Run on a quiet machine: python benchmarks/speed.py [--steps 18 --hidden 512]"""
 
 import argparse
 import json
+import statistics
 import time
 
 import torch
@@ -57,14 +58,19 @@ def timed(function):
 
 
 def alternate(functions, repeats):
-    """{name: smallest seconds} over `repeats` rounds in which every function runs once."""
-    best = {}
+    """{name: seconds in each of `repeats` rounds}, in which every function runs once."""
+    seconds = {name: [] for name in functions}
     for round_ in range(repeats + 1):
         for name, function in functions.items():
-            seconds = timed(function)
+            taken = timed(function)
             if round_:  # the first round warms up
-                best[name] = min(seconds, best.get(name, seconds))
-    return best
+                seconds[name].append(taken)
+    return seconds
+
+
+def median_ratio(a, b):
+    """Median over rounds of a / b: drifts of a shared machine, which are slower than a round, cancel."""
+    return statistics.median(x / y for x, y in zip(a, b))
 
 
 def matmul_peak(dtype, size=2048):
@@ -104,6 +110,18 @@ def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
 
+def measure_machine():
+    peaks = {name_of(dtype): round(matmul_peak(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    return {"matmul_gflops": peaks, "bandwidth_gb_per_s": round(bandwidth(), 1), "threads": torch.get_num_threads()}
+
+
+def faster(a, b):
+    """The better of two measurements of the machine: others may have slowed one of them."""
+    peaks = {name: max(peak, b["matmul_gflops"][name]) for name, peak in a["matmul_gflops"].items()}
+    bandwidth = max(a["bandwidth_gb_per_s"], b["bandwidth_gb_per_s"])
+    return a | {"matmul_gflops": peaks, "bandwidth_gb_per_s": bandwidth}
+
+
 def glow_functions(glow, x, prefix):
     with torch.no_grad():
         latents = glow(x)[0]
@@ -135,7 +153,7 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     x = torch.rand(BATCH, 3, SIZE, SIZE) - 0.5
-    rows, roof = [], []
+    rows, roof, reversible_ratio, machine = [], [], {}, measure_machine()
     for dtype in (torch.float32, torch.bfloat16):
         glow = Glow(num_steps=args.steps, hidden_channels=args.hidden)
         glow.initialize(x)
@@ -148,20 +166,28 @@ def main():
             glow.bits_per_dim(x).mean().backward()
             set_memory(glow, "plain")
 
-        seconds = alternate(functions | {"flowlib training, reversible": reversible}, args.repeats)
-        for key, value in seconds.items():
+        functions["flowlib training, reversible"] = reversible
+        # What is compared runs one after the other.
+        seconds = alternate(dict(sorted(functions.items(), key=lambda item: "training" in item[0])), args.repeats)
+        for key, values in seconds.items():
             floor = seconds["floor training" if "training" in key else "floor forward"]
-            row = {"dtype": name_of(dtype), "what": key, "ms": round(1000 * value, 1)}
-            rows.append(row | {"times_floor": round(value / floor, 3)})
-            print(rows[-1])
+            row = {"dtype": name_of(dtype), "what": key, "ms": round(1000 * min(values), 1)}
+            row |= {"times_floor": round(min(values) / min(floor), 3), "median": round(median_ratio(values, floor), 3)}
+            rows.append(row)
+            print(row)
+        plain, memory_free = seconds["flowlib training"], seconds["flowlib training, reversible"]
+        reversible_ratio[name_of(dtype)] = round(median_ratio(memory_free, plain), 3)
         roof += roofline(glow, dtype, args.repeats)
-    machine = {
-        "matmul_gflops": {name_of(d): round(matmul_peak(d)) for d in (torch.float32, torch.bfloat16)},
-        "bandwidth_gb_per_s": round(bandwidth(), 1),
-        "threads": torch.get_num_threads(),
-    }
+        machine = faster(machine, measure_machine())
     print(json.dumps(machine))
-    about = {"arguments": vars(args), "batch": BATCH, "image_size": SIZE, **provenance()}
+    print("reversible / plain", reversible_ratio)
+    about = {
+        "reversible_over_plain": reversible_ratio,
+        "arguments": vars(args),
+        "batch": BATCH,
+        "image_size": SIZE,
+        **provenance(),
+    }
     write_json(RESULTS / "benchmarks" / "speed.json", {"rows": rows, "roofline": roof, "machine": machine, **about})
 
 
