@@ -40,6 +40,8 @@ shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PAT
 wildcard_constraints:
     task="|".join(TASKS),
     prox="|".join(METHODS),
+    flow="flow|flow-noisy",
+    network="unet|resnet",
 
 
 rule all:
@@ -137,6 +139,8 @@ rule restore_flow:
 
 if SHIPPED:
     ruleorder: restore > train
+else:
+    ruleorder: train > restore
 if SHIPPED_FLOWS:
     ruleorder: restore_flow > pretrain_noisy > pretrain
 else:
