@@ -177,7 +177,7 @@ PROFILES = {
             "glow-frozen": Training(
                 num_steps=60, batch_size=8, lr=0.0, warmup_steps=10, validate_every=20, val_images=100
             ),
-            "unet": Training(num_steps=650, batch_size=8, lr=1e-3, validate_every=130),
+            "unet": Training(num_steps=1500, batch_size=8, lr=1e-3, validate_every=300),
             "resnet": Training(num_steps=800, batch_size=8, lr=1e-3, validate_every=160),
         },
     ),
