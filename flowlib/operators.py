@@ -107,15 +107,16 @@ class Inpainting(LinearOperator):
 class Blur(LinearOperator):
     """Convolution with a truncated, normalised Gaussian of standard deviation sigma_b pixels.
 
-    kernel_size: odd number of taps a side. boundary: what lies outside the image: "circular" (it repeats),
-    "zero", or "reflect" (mirrored about the centre of the edge pixel). The Gaussian is separable, so A x = B_H x B_W^T
-    with one small band matrix B for each axis; the adjoint is exact for every boundary: B_H^T y B_W.
+    kernel_size: odd number of taps a side; the paper gives none, and 3 is what fits its numbers (notebooks/11_blur).
+    boundary: what lies outside the image: "circular" (it repeats), "zero", or "reflect" (mirrored about the centre of the
+    edge pixel). The Gaussian is separable, so A x = B_H x B_W^T with one small band matrix B for each axis; the adjoint is
+    exact for every boundary: B_H^T y B_W.
 
     Raises ValueError for an even kernel, an unknown boundary, or a kernel that reaches further than the image."""
 
     BOUNDARIES = ("circular", "zero", "reflect")
 
-    def __init__(self, sigma_b=5.0, kernel_size=9, boundary="circular", sigma=0.0):
+    def __init__(self, sigma_b=5.0, kernel_size=3, boundary="circular", sigma=0.0):
         super().__init__(sigma)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
