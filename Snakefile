@@ -26,7 +26,7 @@ FOREIGN = FOREIGN_IMAGES.get(DATASET)
 if FOREIGN == "anime" and not Path(f"{BUILD}/data/anime").exists() and not any(data_dir().glob("anime*")):
     FOREIGN = None  # the user has CelebA only
 NOTEBOOKS = ["01_data", "02_flow", "03_solver", "04_table1", "05_figures", "06_engine", "07_stability", "08_speed"]
-NOTEBOOKS += ["09_tables", "10_classical"]
+NOTEBOOKS += ["09_tables", "10_classical", "11_blur"]
 TABLES = ["table1.csv", "table1_recorded.csv", "provenance.csv", "build.md", "findings.md"]
 
 FLOWS = f"{BUILD}/runs/{PROFILE}-{DATASET}-s{SEED}"

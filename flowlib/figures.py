@@ -223,6 +223,33 @@ def roofline(rows, machine):
     return figure
 
 
+@styled
+def blur_evidence(rows):
+    """PSNR over kernel size, circular border, rows of benchmarks/blur.json: left, what an inverse that is as good as the paper's
+    solvers at σ_b 5 keeps at 8; right, what short trainings reach."""
+    rows = [row for row in rows if row["boundary"] == "circular" and row["kernel_size"] <= 9]
+    trained = [row for row in rows if "trained" in row]
+    figure, axes = plt.subplots(2, figsize=(WIDTH, 6.2), sharex=True)
+    for prox in ("resnet", "unet", "glow"):
+        style = dict(color=COLOURS[prox], marker="o", label=SHORT_LABELS[prox])
+        moved = [row["transferred"][METHODS[prox].label] for row in rows]
+        axes[0].plot([row["kernel_size"] for row in rows], [m["8.0"] - m["5.0"] for m in moved], **style)
+        loss = moved[0]["paper"]["8.0"] - moved[0]["paper"]["5.0"]
+        axes[0].axhline(loss, color=COLOURS[prox], ls=":", lw=1.4)
+        sizes = [row["kernel_size"] for row in trained]
+        axes[1].plot(sizes, [row["trained"][prox]["5.0"] for row in trained], **style)
+        axes[1].axhline(moved[0]["paper"]["5.0"], color=COLOURS[prox], ls=":", lw=1.4)
+    cg = [row["classical"]["5.0"]["conjugate_gradients"]["20"] for row in rows]
+    axes[1].plot([row["kernel_size"] for row in rows], cg, color=GREY, marker="s", label="20 CG steps")
+    axes[0].set(ylabel="change from σ_b 5 to 8, dB", title="a fixed inverse (dotted: the paper's solvers)")
+    axes[1].set(
+        ylabel="PSNR at σ_b 5, dB", title="short trainings (dotted: the paper's solvers)", xlabel="kernel size, pixels"
+    )
+    axes[1].set_xticks([row["kernel_size"] for row in rows])
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9.5)
+    return figure
+
+
 def html_table(rows, caption):
     """A list of dicts with the same keys as a table for IPython.display.HTML; alike in Lab and in the book."""
     if not rows:

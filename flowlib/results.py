@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowlib.checkpoints import load_checkpoint, load_tensors, save_checkpoint
 from flowlib.data import dequantize, prepare_named, to_tensor
@@ -92,6 +93,14 @@ def _reconstruct(solver, operator, y):
     return torch.cat(x_hat), seconds
 
 
+@torch.enable_grad()  # without it the CPU's convolutions are fused ones, which PyTorch does not count
+def _gflop(solver, operator, y):
+    """Floating-point operations of one reconstruction, in units of 10^9; a multiplication and an addition are two."""
+    with FlopCounterMode(display=False) as counter:
+        solver(y[:1].to(device()), operator)
+    return counter.get_total_flops() / 1e9
+
+
 def _quality(x_hat, x):
     return dict(psnr=statistics(psnr(x_hat, x).tolist()), ssim=statistics(ssim(x_hat, x).tolist()))
 
@@ -161,6 +170,7 @@ def record_solver(experiment, task, prox):
         **evaluations,
         folds=_describe_folds(solver, operator, y, x),
         milliseconds_per_image=1000 * seconds / len(x),
+        gflop_per_image=_gflop(solver, operator, y),
     )
 
 

@@ -146,6 +146,23 @@ def beside_classical(task, setting, edition, records):
     return rows + [row(r["method"], r) for r in here if r["kind"] == "classical"]
 
 
+def costs(task, setting, records):
+    """Rows of one task: what each learned method of one experiment costs, beside what it gives."""
+    return [
+        {
+            "Method": METHODS[r["prox"]].label,
+            "Parameters a fold": f"{r['num_parameters']:,}",
+            "GFLOP an image": f"{r['gflop_per_image']:.2f}" if "gflop_per_image" in r else "–",
+            "ms an image": f"{r['milliseconds_per_image']:.1f}",
+            "Training": f"{r['training']['seconds'] / 60:.1f} min",
+            "Images seen": f"{r['training']['images_seen']:,}",
+            "Ours, dB": plus_minus(r["psnr"]),
+        }
+        for r in records
+        if r["kind"] == "solver" and (r["task"], r["setting"]) == (task, setting)
+    ]
+
+
 def signed(value):
     """The text "+1.20" or "−1.20", with a true minus sign."""
     return f"{value:+.2f}".replace("-", "−")
