@@ -78,7 +78,7 @@ rule pretrain:
 rule pretrain_noisy:
     input:
         IMAGES,
-        rules.pretrain.output,
+        f"{FLOWS}/flow/model.safetensors",  # of whichever rule makes it
     output:
         f"{FLOWS}/flow-noisy/model.safetensors",
         f"{FLOWS}/flow-noisy/record.json",
