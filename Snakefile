@@ -26,7 +26,7 @@ FOREIGN = FOREIGN_IMAGES.get(DATASET)
 if FOREIGN == "anime" and not Path(f"{BUILD}/data/anime").exists() and not any(data_dir().glob("anime*")):
     FOREIGN = None  # the user has CelebA only
 NOTEBOOKS = ["01_data", "02_flow", "03_solver", "04_table1", "05_figures", "06_engine", "07_stability", "08_speed"]
-NOTEBOOKS += ["09_tables", "10_classical", "11_blur"]
+NOTEBOOKS += ["09_tables", "10_classical", "11_blur", "12_explorer"]
 TABLES = ["table1.csv", "table1_recorded.csv", "provenance.csv", "build.md", "findings.md"]
 
 FLOWS = f"{BUILD}/runs/{PROFILE}-{DATASET}-s{SEED}"
@@ -183,11 +183,42 @@ rule tabulate:
         f"python -m flowlib tabulate {CHOICE}"
 
 
+# What the explorer page shows: grids of reconstructions, and the solvers as ONNX.
+rule explorer:
+    input:
+        rules.tabulate.output,
+    output:
+        directory(f"{BUILD}/explorer"),
+    threads: workflow.cores
+    shell:
+        f"python -m flowlib explorer {CHOICE}"
+
+
+# What runs them in the reader's browser. Without npm the page shows the precomputed grids only.
+rule onnxruntime_web:
+    input:
+        "package.json",
+        "package-lock.json",
+    output:
+        directory(f"{BUILD}/ort"),
+    shell:
+        f"mkdir -p {BUILD}/npm {{output}} && cp {{input}} {BUILD}/npm"
+        f" && if (cd {BUILD}/npm && npm ci --ignore-scripts --no-audit --no-fund > npm.log 2>&1); then"
+        f"     cp {BUILD}/npm/node_modules/onnxruntime-web/dist/{{{{ort.wasm.min.mjs,ort-wasm-simd-threaded.mjs,"
+        "ort-wasm-simd-threaded.wasm}} {output};"
+        "    else echo 'npm is missing or failed: the explorer page will show its precomputed grids only'; fi"
+        f" && rm -rf {BUILD}/npm/node_modules"
+
+
+EXPLORER = [*rules.explorer.output, *rules.onnxruntime_web.output]
+
+
 # Outputs of failed jobs are deleted, so papermill writes to the log: a failed notebook stays there to be read.
 rule notebook:
     input:
         rules.tabulate.output,
-        sorted(str(path) for path in Path("flowlib").rglob("*.py")),
+        sorted(str(path) for path in Path("flowlib").rglob("*.*") if path.suffix in (".py", ".js", ".css")),
+        lambda wildcards: EXPLORER if "explorer" in wildcards.notebook else [],
         notebook="notebooks/{notebook}.ipynb",
     output:
         f"{BUILD}/executed/{{notebook}}.ipynb",
@@ -207,6 +238,7 @@ rule stage:
         "_toc.yml",
         sorted(str(path) for path in Path("book").rglob("*.*") if "__pycache__" not in path.parts),
         rules.tabulate.input.recorded,
+        explorer=EXPLORER,
         tables=rules.tabulate.output,
         notebooks=expand(f"{BUILD}/executed/{{notebook}}.ipynb", notebook=NOTEBOOKS),
     output:
@@ -217,6 +249,7 @@ rule stage:
         " && if [ -d results ]; then cp -r results {output}; fi"
         " && cp {input.notebooks} {output}/notebooks"
         " && cp {input.tables} {output}/tables"
+        " && cp -r {input.explorer} {output}/book/_static"
 
 
 # Built from empty, because incremental builds hide warnings. The old html stays until the new one is whole:

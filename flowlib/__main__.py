@@ -1,4 +1,4 @@
-"""The command line: python -m flowlib {prepare, pretrain, train, evaluate, classical, tabulate, publish, verify}."""
+"""The command line: python -m flowlib {prepare, pretrain, train, evaluate, classical, tabulate, explorer, publish, verify}."""
 
 import argparse
 from pathlib import Path
@@ -25,6 +25,7 @@ def main(argv=None):
         "evaluate": "evaluate it again on the test images and write its record",
         "classical": "run the classical methods of all tasks, and write their records",
         "tabulate": "write the tables of all records",
+        "explorer": "write what the explorer of λ and μ shows",
         "publish": "copy the records of an experiment into results/",
     }.items():
         command = commands.add_parser(name, help=help)
@@ -86,6 +87,10 @@ def main(argv=None):
         for task in TASKS:
             if experiment.names["edition"] in TASKS[task].editions:
                 classical.record_classical(experiment, task)
+    elif command == "explorer":
+        from flowlib import explorer_page
+
+        explorer_page.write_explorer(experiment)
     elif command == "publish":
         results.publish(experiment, options["ship"])
     else:

@@ -63,7 +63,7 @@ def prepare(source, out, crop="square", size=64, name=None):
             for member in names:
                 data = read(member)
                 contents.update(f"{member}\0{len(data)}\0".encode() + data)
-                yield _decode(data, f"{member} in {source}", crop, size)[None]
+                yield decode(data, f"{member} in {source}", crop, size)[None]
 
         manifest = {
             "name": name or source.stem,
@@ -191,8 +191,9 @@ def _read_member(archive, name, source):
         raise ValueError(f"cannot read {name} in {source} ({error}): fetch or make the zip again") from error
 
 
-def _decode(data, where, crop, size):
-    """Bytes of one image file -> uint8 (size, size, 3); transparent pixels are laid over white."""
+def decode(data, where, crop="square", size=64):
+    """Bytes of one image file -> uint8 (size, size, 3); transparent pixels are laid over white. ValueError, naming `where` it
+    came from, for what is no image."""
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))

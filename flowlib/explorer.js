@@ -1,0 +1,431 @@
+// Move λ and μ: one module for notebooks, through anywidget, and for the book's page. It shows a precomputed grid at once; where
+// the page brings an ONNX solver and onnxruntime-web, the solver itself then takes over, and nothing leaves the browser.
+
+const SIZE = 64, PIXELS = SIZE * SIZE;
+
+// ---- Measurements, number for number as flowlib.explorer makes them ----
+
+// Standard normal numbers from a counter and an integer hash, the same in every language.
+function normals(seed, length) {
+  const uniform = (i) => {
+    const a = (Math.imul(seed + 1, 0x9e3779b9) + Math.imul(i + 1, 0x6d2b79f5)) | 0;
+    let t = Math.imul(a ^ (a >>> 15), 1 | a);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 4294967296;
+  };
+  return Float32Array.from({ length }, (_, i) =>
+    Math.sqrt(-2 * Math.log(1 - uniform(2 * i))) * Math.cos(2 * Math.PI * uniform(2 * i + 1)));
+}
+
+function squareMask(width) {
+  const start = (SIZE - width) >> 1, inside = (i) => i >= start && i < start + width;
+  return Float32Array.from({ length: PIXELS }, (_, i) => (inside(Math.floor(i / SIZE)) && inside(i % SIZE) ? 0 : 1));
+}
+
+// The matrix of a circular Gaussian blur along one axis.
+function blurMatrix(sigma, kernelSize) {
+  const radius = kernelSize >> 1, matrix = new Float32Array(PIXELS);
+  const kernel = Array.from({ length: kernelSize }, (_, i) => Math.exp(-0.5 * ((i - radius) / sigma) ** 2));
+  const sum = kernel.reduce((a, b) => a + b);
+  for (let row = 0; row < SIZE; row++)
+    kernel.forEach((value, i) => { matrix[row * SIZE + (row + i - radius + SIZE) % SIZE] += value / sum; });
+  return matrix;
+}
+
+function blurred(x, matrix) {
+  const once = (source, stride, step) => {
+    const result = new Float32Array(source.length);
+    for (let channel = 0; channel < 3; channel++)
+      for (let line = 0; line < SIZE; line++)
+        for (let i = 0; i < SIZE; i++) {
+          let sum = 0;
+          for (let j = 0; j < SIZE; j++)
+            if (matrix[i * SIZE + j]) sum += matrix[i * SIZE + j] * source[channel * PIXELS + line * stride + j * step];
+          result[channel * PIXELS + line * stride + i * step] = sum;
+        }
+    return result;
+  };
+  return once(once(x, SIZE, 1), 1, SIZE);
+}
+
+function psnr(a, b) {
+  let sum = 0;
+  for (let i = 0; i < b.length; i++) sum += (a[i] - b[i]) ** 2;
+  return -10 * Math.log10(sum / b.length);
+}
+
+// ---- Small helpers ----
+
+function element(tag, properties = {}, ...children) {
+  const { class: name, ...rest } = properties, node = document.createElement(tag);
+  if (name) node.className = name;
+  Object.entries(rest).forEach(([key, value]) => (key in node ? (node[key] = value) : node.setAttribute(key, value)));
+  node.append(...children);
+  return node;
+}
+
+const newCanvas = (label) => element("canvas", { width: SIZE, height: SIZE, role: "img", "aria-label": label });
+
+function draw(canvas, x) {
+  const context = canvas.getContext("2d"), data = context.createImageData(SIZE, SIZE);
+  for (let i = 0; i < PIXELS; i++) {
+    for (let c = 0; c < 3; c++) data.data[4 * i + c] = Math.round((x[c * PIXELS + i] + 0.5) * 255);
+    data.data[4 * i + 3] = 255;
+  }
+  context.putImageData(data, 0, 0);
+}
+
+// What a drawable shows in a square, as (3, 64, 64) numbers in [-0.5, 0.5].
+function pixels(drawable, left, top, side) {
+  // Halving until the last step keeps large photos free of aliasing.
+  let size = side, source = drawable;
+  for (let target = side; target > SIZE;) {
+    target = Math.max(SIZE, Math.ceil(target / 2));
+    const canvas = element("canvas", { width: target, height: target }), context = canvas.getContext("2d");
+    context.imageSmoothingQuality = "high";
+    context.drawImage(source, left, top, size, size, 0, 0, target, target);
+    [source, left, top, size] = [canvas, 0, 0, target];
+  }
+  const context = element("canvas", { width: SIZE, height: SIZE }).getContext("2d");
+  context.drawImage(source, left, top, size, size, 0, 0, SIZE, SIZE);
+  const { data } = context.getImageData(0, 0, SIZE, SIZE);
+  return Float32Array.from({ length: 3 * PIXELS }, (_, i) => data[4 * (i % PIXELS) + Math.floor(i / PIXELS)] / 255 - 0.5);
+}
+
+async function loadImage(url) {
+  const image = element("img", { src: url });
+  await image.decode();
+  return image;
+}
+
+const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
+const decibels = (value) => (Number.isFinite(value) ? `${value.toFixed(2)} dB` : "not finite");
+
+// A line plot of PSNR over one slider: hollow mark at the trained value, full one where the sliders are.
+function curve(svg, positions, values, trained, now, label) {
+  const good = values.filter(Number.isFinite), high = Math.max(...good, now.y) + 0.5;
+  const low = Math.max(Math.min(...good, now.y) - 0.5, high - 16);
+  const x = (p) => 34 + 150 * (p - positions[0]) / (positions.at(-1) - positions[0]);
+  const y = (v) => 8 + 70 * (high - Math.max(low, Number.isFinite(v) ? v : low)) / (high - low);
+  const ticks = [high - 0.5, Math.max(low, (high + low) / 2)].map((v) =>
+    `<text x="30" y="${y(v) + 3}" text-anchor="end">${v.toFixed(0)}</text><path d="M34 ${y(v)}H184" class="grid"/>`);
+  const at = positions.reduce((best, p, i) => (Math.abs(p - trained) < Math.abs(positions[best] - trained) ? i : best), 0);
+  svg.innerHTML = `${ticks.join("")}<polyline points="${positions.map((p, i) => `${x(p)},${y(values[i])}`).join(" ")}"/>
+    <rect class="trained" x="${x(trained) - 4}" y="${y(values[at]) - 4}" width="8" height="8"/>
+    <circle cx="${x(now.x)}" cy="${y(now.y)}" r="4.5"/>
+    <text x="109" y="95" text-anchor="middle">${label}</text>`;
+}
+
+// ---- The explorer ----
+
+class Explorer {
+  constructor(config, root) {
+    Object.assign(this, { config, root, sessions: {}, live: false, busy: false, generation: 0 });
+    this.ready = this.start();
+  }
+
+  async start() {
+    this.build();
+    const strip = await loadImage(this.config.originals);
+    this.originals = this.config.labels.map((_, i) => pixels(strip, i * SIZE, 0, SIZE));
+    this.thumbnails.forEach((canvas, i) => draw(canvas, this.originals[i]));
+    this.chooseImage(0);
+    await this.chooseTask(this.config.tasks[0].task);
+  }
+
+  build() {
+    const { config, root } = this;
+    const radios = (name, items, choose) => items.map(([value, content], i) => {
+      const input = element("input", { type: "radio", name: `${name}-${root.id}`, value, checked: !i });
+      input.addEventListener("change", () => choose(value));
+      return element("label", {}, input, content);
+    });
+    const button = (text, act) => {
+      const node = element("button", { type: "button", textContent: text });
+      node.addEventListener("click", act);
+      return node;
+    };
+    const slider = (label, range, act, show = () => "") => {
+      const input = element("input", { type: "range", ...range, "aria-label": label });
+      const output = element("output", { textContent: show(range.value) });
+      input.addEventListener("input", () => { output.textContent = show(Number(input.value)); act(Number(input.value)); });
+      return { input, output, row: element("label", { class: "slider" }, element("span", { textContent: label }), input, output) };
+    };
+    this.slider = slider;
+
+    this.taskChoice = element("div", { class: "tasks", role: "radiogroup", "aria-label": "Task" },
+      ...radios("task", config.tasks.map((t) => [t.task, element("span", { textContent: t.label })]), (t) => this.chooseTask(t)));
+    this.thumbnails = config.labels.map((label) => newCanvas(label));
+    this.imageChoice = element("div", { class: "images", role: "radiogroup", "aria-label": "Image" },
+      ...radios("image", this.thumbnails.map((canvas, i) => [i, canvas]), (i) => this.chooseImage(Number(i), true)));
+    const file = element("input", { type: "file", accept: "image/*" });
+    file.addEventListener("change", () => { this.takePhoto(file.files[0]); file.value = ""; });
+    this.own = element("label", { class: "own live" }, "Your photo…", file);
+    root.addEventListener("dragover", (event) => event.preventDefault());
+    root.addEventListener("drop", (event) => { event.preventDefault(); this.takePhoto(event.dataTransfer.files[0]); });
+
+    this.canvases = { measurement: newCanvas("Measurement"), estimate: newCanvas("Reconstruction"), original: newCanvas("Original") };
+    this.captions = { measurement: element("span"), estimate: element("strong"), original: element("span") };
+    const panels = Object.entries(this.canvases).map(([name, canvas]) => element("figure", {}, canvas,
+      element("figcaption", {}, canvas.getAttribute("aria-label"), element("br"), this.captions[name])));
+    this.bindPainting(this.canvases.measurement);
+
+    const { scales, shifts } = config;
+    this.common = {
+      mu: slider("step size μ", { min: scales[0], max: scales.at(-1) }, (v) => this.moveAll(v, this.shift)),
+      lambda: slider("shrinkage λ", { min: shifts[0], max: shifts.at(-1) }, (v) => this.moveAll(this.scale, v)),
+    };
+    this.reset = button("Trained values", () => this.moveAll(1, 0));
+    const svg = () => { const node = document.createElementNS("http://www.w3.org/2000/svg", "svg"); node.setAttribute("viewBox", "0 0 190 100"); return node; };
+    this.curves = { mu: svg(), lambda: svg() };
+    this.plots = element("div", { class: "curves" }, this.curves.mu, this.curves.lambda);
+    this.controls = element("div", { class: "controls live" });
+    this.foldStrip = element("div", { class: "folds live" });
+    this.each = element("details", { class: "each live" }, element("summary", { textContent: "Each fold on its own" }));
+    this.status = element("p", { class: "status", role: "status" });
+    this.button = button;
+    root.replaceChildren(this.taskChoice, element("div", { class: "row" }, this.imageChoice, this.own), element("div", { class: "panels" }, ...panels),
+      this.controls, element("div", { class: "sliders" }, this.common.mu.row, this.common.lambda.row, this.reset),
+      this.plots, this.foldStrip, this.each, this.status);
+  }
+
+  // -- What the reader does
+
+  async chooseTask(name) {
+    this.task = this.config.tasks.find((task) => task.task === name);
+    Object.assign(this, { sigma: this.task.sigma, hole: this.task.hole, sigmaB: this.task.sigma_b, seed: this.image, changed: false });
+    this.mask = this.hole ? squareMask(this.hole) : null;
+    this.sprite = null;
+    this.setLive(false, this.config.ort ? "Loading the solver…" : this.note("this book was built without it"));
+    this.buildControls();
+    this.moveAll(1, 0);
+    const task = this.task;
+    task.image ??= loadImage(task.sprite);
+    const sprite = await task.image;
+    if (task !== this.task) return;
+    this.sprite = sprite;
+    this.update();
+    if (this.config.ort) await this.goLive(task);
+  }
+
+  chooseImage(index, update) {
+    this.image = index;
+    this.x = this.originals[index];
+    Object.assign(this, { seed: index, photo: false });
+    if (update) this.update();
+  }
+
+  async takePhoto(file) {
+    if (!file) return;
+    if (!this.live) return this.say("Your own photo needs the live solver, which is not running here.");
+    let bitmap;
+    try {
+      bitmap = await createImageBitmap(file);
+    } catch {
+      return this.say(`“${file.name}” is no image that this browser can read. Choose a PNG, JPEG or WebP file.`);
+    }
+    const side = Math.min(bitmap.width, bitmap.height);
+    this.x = pixels(bitmap, (bitmap.width - side) / 2, (bitmap.height - side) / 2, side);
+    bitmap.close();
+    this.photo = true;
+    this.imageChoice.querySelectorAll("input").forEach((input) => { input.checked = false; });
+    this.update();
+  }
+
+  moveAll(scale, shift) {
+    Object.assign(this, { scale, shift });
+    this.mu = this.task.mu.map((v) => v * scale);
+    this.lambda = this.task.lambda.map((v) => v + shift);
+    this.update();
+  }
+
+  moveFold(kind, k, value) {
+    this[kind][k] = value;
+    this.update();
+  }
+
+  bindPainting(canvas) {
+    const paint = (event) => {
+      const box = canvas.getBoundingClientRect(), radius = 2.5;
+      const column = (event.clientX - box.left) / box.width * SIZE, row = (event.clientY - box.top) / box.height * SIZE;
+      for (let i = 0; i < PIXELS; i++)
+        if (Math.hypot(i % SIZE + 0.5 - column, Math.floor(i / SIZE) + 0.5 - row) < radius) this.mask[i] = this.restoring ? 1 : 0;
+      this.changed = true;
+      this.update();
+    };
+    canvas.addEventListener("pointerdown", (event) => {
+      if (!this.live || !this.mask) return;
+      canvas.setPointerCapture(event.pointerId);
+      paint(event);
+    });
+    canvas.addEventListener("pointermove", (event) => { if (canvas.hasPointerCapture(event.pointerId)) paint(event); });
+  }
+
+  // -- Controls that hang on the task, for the live solver
+
+  buildControls() {
+    const { task, slider, button } = this, change = (act) => (value) => { act(value); this.changed = true; this.update(); };
+    const rows = {
+      denoising: () => [
+        slider("noise σ", { min: 0, max: 0.4, step: 0.01, value: this.sigma }, change((v) => { this.sigma = v; }), (v) => v.toFixed(2)).row,
+        button("New noise", change(() => { this.seed += this.config.labels.length; }))],
+      inpainting: () => [
+        slider("hole", { min: 0, max: 40, step: 1, value: this.hole }, change((v) => { this.mask = squareMask(v); }), (v) => `${v} × ${v}`).row,
+        this.brush = button("Brush: hide", () => { this.restoring = !this.restoring; this.brush.textContent = this.restoring ? "Brush: restore" : "Brush: hide"; }),
+        element("span", { class: "hint", textContent: "Paint on the measurement." })],
+      deblurring: () => [slider("blur σ_b", { min: 0.3, max: 10, step: 0.1, value: this.sigmaB }, change((v) => { this.sigmaB = v; }), (v) => v.toFixed(1)).row],
+    };
+    this.restoring = false;
+    this.controls.replaceChildren(...rows[task.task]());
+    this.folds = task.mu.map((_, k) => ({ canvas: newCanvas(`Image after fold ${k + 1}`), caption: element("span") }));
+    this.foldStrip.replaceChildren(...this.folds.map(({ canvas, caption }, k) =>
+      element("figure", {}, canvas, element("figcaption", {}, `fold ${k + 1}`, element("br"), caption))));
+    this.foldSliders = task.mu.map((_, k) => ({
+      mu: slider(`μ fold ${k + 1}`, { min: 0, max: 2, step: 0.01 }, (v) => this.moveFold("mu", k, v)),
+      lambda: slider(`λ fold ${k + 1}`, { min: -0.5, max: 1, step: 0.005 }, (v) => this.moveFold("lambda", k, v)),
+    }));
+    this.each.replaceChildren(this.each.firstChild, ...this.foldSliders.flatMap((pair) => [pair.mu.row, pair.lambda.row]));
+  }
+
+  // -- Results
+
+  measure() {
+    const { task, x } = this;
+    if (task.task === "denoising") {
+      const noise = normals(this.seed, x.length);
+      return x.map((v, i) => v + this.sigma * noise[i]);
+    }
+    if (task.task === "inpainting") return x.map((v, i) => v * this.mask[i % PIXELS]);
+    return blurred(x, blurMatrix(this.sigmaB, task.kernel_size));
+  }
+
+  operatorData() {
+    if (this.task.task === "inpainting") return { mask: [this.mask.slice(), [1, 1, SIZE, SIZE]] };
+    return this.task.task === "deblurring" ? { blur: [blurMatrix(this.sigmaB, this.task.kernel_size), [SIZE, SIZE]] } : {};
+  }
+
+  // Draws what is known at once; the live solver follows, and never more than one run waits.
+  update() {
+    if (!this.task || !this.x) return;
+    this.generation++;
+    this.y = this.measure();
+    draw(this.canvases.measurement, this.y);
+    draw(this.canvases.original, this.x);
+    this.captions.measurement.textContent = decibels(psnr(this.y, this.x));
+    this.captions.original.textContent = this.photo ? "your photo" : this.config.labels[this.image];
+    this.showSliders();
+    if (this.live) this.solve();
+    else if (this.sprite) this.showGrid();
+  }
+
+  showSliders() {
+    const { mu, lambda } = this.common, mean = (v) => v.reduce((a, b) => a + b) / v.length;
+    const free = this.live ? [0.01, 0.005] : [this.config.scales[1] - this.config.scales[0], this.config.shifts[1] - this.config.shifts[0]];
+    [[mu, this.scale, free[0]], [lambda, this.shift, free[1]]].forEach(([s, value, step]) => { s.input.step = step; s.input.value = value; });
+    mu.output.textContent = `× ${this.scale.toFixed(2)} (mean ${mean(this.mu).toFixed(2)})`;
+    lambda.output.textContent = `${signed(this.shift, 3)} (mean ${mean(this.lambda).toFixed(3).replace("-", "−")})`;
+    this.foldSliders.forEach((pair, k) => ["mu", "lambda"].forEach((kind) => {
+      pair[kind].input.value = this[kind][k];
+      pair[kind].output.textContent = this[kind][k].toFixed(3).replace("-", "−");
+    }));
+  }
+
+  position() {
+    const { scales, shifts } = this.config, nearest = (list, v) => list.reduce((best, p, i) => (Math.abs(p - v) < Math.abs(list[best] - v) ? i : best), 0);
+    return [nearest(shifts, this.shift), nearest(scales, this.scale)];
+  }
+
+  showGrid() {
+    const [row, column] = this.position(), { shifts } = this.config;
+    const context = this.canvases.estimate.getContext("2d");
+    context.drawImage(this.sprite, column * SIZE, (this.image * shifts.length + row) * SIZE, SIZE, SIZE, 0, 0, SIZE, SIZE);
+    this.showQuality(this.task.psnr[this.image][row][column] ?? NaN);
+  }
+
+  showQuality(value) {
+    const { scales, shifts } = this.config, table = this.task.psnr[this.image].map((line) => line.map((v) => v ?? NaN));
+    const [row, column] = this.position(), known = !this.photo && !this.changed;
+    const trained = table[shifts.indexOf(0)][scales.indexOf(1)];
+    this.captions.estimate.textContent = decibels(value);
+    this.plots.hidden = !known;
+    this.value = value;
+    if (!known) return;
+    if (Math.abs(value - trained) >= 0.005) this.captions.estimate.textContent += ` (${signed(value - trained, 2)})`;
+    curve(this.curves.mu, scales, table[row], 1, { x: this.scale, y: value }, "PSNR, dB, over the factor of μ");
+    curve(this.curves.lambda, shifts, table.map((line) => line[column]), 0, { x: this.shift, y: value }, "PSNR, dB, over the shift of λ");
+  }
+
+  async solve() {
+    if (this.busy) return;
+    this.busy = true;
+    const { generation, task, ort } = this, started = performance.now();
+    try {
+      const tensor = (values, shape) => new ort.Tensor("float32", Float32Array.from(values), shape), K = task.mu.length;
+      const feeds = { y: tensor(this.y, [1, 3, SIZE, SIZE]), step_size: tensor(this.mu, [K]), shrinkage: tensor(this.lambda, [K]) };
+      for (const [name, [values, shape]] of Object.entries(this.operatorData())) feeds[name] = tensor(values, shape);
+      const { folds, latent_norms: norms } = await (await this.sessions[task.task]).run(feeds);
+      if (task === this.task && this.live) this.showFolds(folds.data, norms.data, generation, performance.now() - started);
+    } catch (error) {
+      this.setLive(false, this.note(error.message ?? error));
+      this.update();
+    }
+    this.busy = false;
+    if (this.live && generation !== this.generation) this.solve();
+  }
+
+  showFolds(folds, norms, generation, milliseconds) {
+    const images = this.folds.map((_, k) => folds.subarray(3 * PIXELS * k, 3 * PIXELS * (k + 1)));
+    this.folds.forEach(({ canvas, caption }, k) => {
+      draw(canvas, images[k]);
+      caption.textContent = `${decibels(psnr(images[k], this.x))}, ‖z̃‖ ${norms[k].toFixed(0)}`;
+    });
+    draw(this.canvases.estimate, images.at(-1));
+    this.showQuality(psnr(images.at(-1), this.x));
+    this.result = { folds, norms, generation, milliseconds };
+    this.say(`Live: the solver runs in your browser, ${milliseconds.toFixed(0)} ms for this image. Nothing you load leaves it.`);
+  }
+
+  // -- From the grid to the live solver
+
+  async goLive(task) {
+    const { config } = this, address = (path) => new URL(path, document.baseURI).href;
+    try {
+      if (typeof WebAssembly === "undefined") throw new Error("this browser has no WebAssembly");
+      if (location.protocol === "file:") throw new Error("a page opened as a file may not load it; serve the folder over http");
+      this.ort ??= await import(address(config.ort));
+      Object.assign(this.ort.env.wasm, { numThreads: 1, proxy: true, wasmPaths: address(config.ort).replace(/[^/]*$/, "") });
+      this.sessions[task.task] ??= this.ort.InferenceSession.create(address(task.onnx), { executionProviders: ["wasm"] });
+      await this.sessions[task.task];
+    } catch (error) {
+      if (task === this.task) this.say(this.note(error.message ?? error));
+      return;
+    }
+    if (task !== this.task) return;
+    this.setLive(true, "Live.");
+    this.update();
+  }
+
+  note(reason) {
+    return `Precomputed grid: the sliders have ${this.config.scales.length} × ${this.config.shifts.length} positions. The live solver is not available: ${reason}.`;
+  }
+
+  setLive(live, message) {
+    this.live = live;
+    this.root.classList.toggle("is-live", live);
+    this.root.classList.toggle("is-paintable", live && Boolean(this.mask));
+    this.say(message);
+  }
+
+  say(message) {
+    this.status.textContent = message;
+  }
+}
+
+let count = 0;
+function render({ model, el }) {
+  const root = element("div", { class: "flow-explorer", id: `flow-explorer-${count++}` });
+  el.append(root);
+  root.explorer = new Explorer(model.get("config"), root);
+}
+
+export default { render };
