@@ -111,9 +111,10 @@ function curve(svg, positions, values, trained, now, label) {
     `<text x="30" y="${y(v) + 3}" text-anchor="end">${v.toFixed(0)}</text><path d="M34 ${y(v)}H184" class="grid"/>`);
   const at = positions.reduce((best, p, i) => (Math.abs(p - trained) < Math.abs(positions[best] - trained) ? i : best), 0);
   svg.innerHTML = `${ticks.join("")}<polyline points="${positions.map((p, i) => `${x(p)},${y(values[i])}`).join(" ")}"/>
-    <rect class="trained" x="${x(trained) - 4}" y="${y(values[at]) - 4}" width="8" height="8"/>
+    <rect class="trained" x="${x(trained) - 6}" y="${y(values[at]) - 6}" width="12" height="12"/>
     <circle cx="${x(now.x)}" cy="${y(now.y)}" r="4.5"/>
-    <text x="109" y="95" text-anchor="middle">${label}</text>`;
+    ${[positions[0], trained, positions.at(-1)].map((p) => `<text x="${x(p)}" y="90" text-anchor="middle">${String(p).replace("-", "−")}</text>`).join("")}
+    <text x="109" y="101" text-anchor="middle">${label}</text>`;
 }
 
 // ---- The explorer ----
@@ -166,8 +167,8 @@ class Explorer {
 
     this.canvases = { measurement: newCanvas("Measurement"), estimate: newCanvas("Reconstruction"), original: newCanvas("Original") };
     this.captions = { measurement: element("span"), estimate: element("strong"), original: element("span") };
-    const panels = Object.entries(this.canvases).map(([name, canvas]) => element("figure", {}, canvas,
-      element("figcaption", {}, canvas.getAttribute("aria-label"), element("br"), this.captions[name])));
+    const panels = Object.entries(this.canvases).map(([name, canvas]) => element("div", { class: "panel" }, canvas,
+      element("div", { class: "caption" }, canvas.getAttribute("aria-label"), element("br"), this.captions[name])));
     this.bindPainting(this.canvases.measurement);
 
     const { scales, shifts } = config;
@@ -176,7 +177,7 @@ class Explorer {
       lambda: slider("shrinkage λ", { min: shifts[0], max: shifts.at(-1) }, (v) => this.moveAll(this.scale, v)),
     };
     this.reset = button("Trained values", () => this.moveAll(1, 0));
-    const svg = () => { const node = document.createElementNS("http://www.w3.org/2000/svg", "svg"); node.setAttribute("viewBox", "0 0 190 100"); return node; };
+    const svg = () => { const node = document.createElementNS("http://www.w3.org/2000/svg", "svg"); node.setAttribute("viewBox", "0 0 190 106"); return node; };
     this.curves = { mu: svg(), lambda: svg() };
     this.plots = element("div", { class: "curves" }, this.curves.mu, this.curves.lambda);
     this.controls = element("div", { class: "controls live" });
@@ -184,7 +185,7 @@ class Explorer {
     this.each = element("details", { class: "each live" }, element("summary", { textContent: "Each fold on its own" }));
     this.status = element("p", { class: "status", role: "status" });
     this.button = button;
-    root.replaceChildren(this.taskChoice, element("div", { class: "row" }, this.imageChoice, this.own), element("div", { class: "panels" }, ...panels),
+    root.replaceChildren(this.taskChoice, element("div", { class: "choices" }, this.imageChoice, this.own), element("div", { class: "panels" }, ...panels),
       this.controls, element("div", { class: "sliders" }, this.common.mu.row, this.common.lambda.row, this.reset),
       this.plots, this.foldStrip, this.each, this.status);
   }
@@ -279,7 +280,7 @@ class Explorer {
     this.controls.replaceChildren(...rows[task.task]());
     this.folds = task.mu.map((_, k) => ({ canvas: newCanvas(`Image after fold ${k + 1}`), caption: element("span") }));
     this.foldStrip.replaceChildren(...this.folds.map(({ canvas, caption }, k) =>
-      element("figure", {}, canvas, element("figcaption", {}, `fold ${k + 1}`, element("br"), caption))));
+      element("div", { class: "panel" }, canvas, element("div", { class: "caption" }, `fold ${k + 1}`, element("br"), caption))));
     this.foldSliders = task.mu.map((_, k) => ({
       mu: slider(`μ fold ${k + 1}`, { min: 0, max: 2, step: 0.01 }, (v) => this.moveFold("mu", k, v)),
       lambda: slider(`λ fold ${k + 1}`, { min: -0.5, max: 1, step: 0.005 }, (v) => this.moveFold("lambda", k, v)),

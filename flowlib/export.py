@@ -2,6 +2,7 @@
 
 The graph is written node by node, because tracing and optimising one of this many small layers takes minutes."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,8 @@ class _Graph:
     def constant(self, values):
         """A constant. Large ones are kept as 16-bit integers with one scale for each row, and cost the result about 1e-4."""
         values = values.detach().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+        if not np.isfinite(values).all():
+            raise ValueError("the solver has weights that are not finite: train it again")
         if values.dtype == np.float32 and values.size >= 256:
             rows = np.abs(values).reshape(len(values), -1).max(axis=1).reshape(-1, *[1] * (values.ndim - 1))
             scale = np.maximum(rows, 1e-30) / 32767
@@ -139,7 +142,7 @@ def export_onnx(solver, task, path):
     ‖f_k(x̃_k)‖. Raises ValueError for a solver without flows, or with another scale rule than "tanh"."""
     if not solver.proxes[0].uses_shrinkage:
         raise ValueError("only solvers with a flow can be exported: there is no shrinkage to move in another one")
-    solver, graph = solver.float(), _Graph()
+    solver, graph = copy.deepcopy(solver).float(), _Graph()
     num_folds, (_, *shape) = solver.num_folds, solver.x0.shape
     data = {None: [], "mask": [("mask", [1, 1, *shape[1:]])], "blur": [("blur", [shape[1], shape[1]])]}
     inputs = [("y", [1, *shape]), *data[OPERATOR_DATA[task]], ("step_size", [num_folds]), ("shrinkage", [num_folds])]

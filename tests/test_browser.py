@@ -1,42 +1,10 @@
 """The smoke book in a real browser: no errors, no request to elsewhere, fits wide and narrow, light and dark."""
 
-import shutil
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
+from tests.conftest import CHROMIUM
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture(scope="module")
-def site(smoke_book):
-    """Address of the book on a local server."""
-    handler = partial(QuietHandler, directory=smoke_book / "html")
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 def is_complaint(message):
@@ -45,7 +13,9 @@ def is_complaint(message):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("path", ["index.html", "book/method.html", "notebooks/04_table1.html"])
+@pytest.mark.parametrize(
+    "path", ["index.html", "book/method.html", "notebooks/04_table1.html", "notebooks/12_explorer.html"]
+)
 def test_page(browser, site, path, width, theme):
     # The book's theme follows the system's unless the reader says otherwise.
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)

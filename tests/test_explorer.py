@@ -1,0 +1,205 @@
+"""The explorer without a browser: exported graphs, the grid, and the live widget's callbacks."""
+
+import asyncio
+import io
+from datetime import datetime
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from flowlib import Blur, Denoising, Glow, GlowProx, Inpainting, UNetProx, UnfoldedPGD, data, psnr, save_checkpoint
+from flowlib.data import to_tensor
+from flowlib.experiments import Experiment
+from flowlib.explorer import Explorer
+from flowlib.explorer_page import SCALES, SHIFTS, grid, measure, normals, page, solve_with, write_explorer
+from flowlib.export import export_onnx
+from tests.test_flow import randomize
+
+OPERATORS = {"denoising": Denoising(0.2), "inpainting": Inpainting(19), "deblurring": Blur(5.0)}
+
+
+def small_solver(num_folds=2, **options):
+    """Flows whose couplings do something, unlike fresh ones, but whose values stay those of images."""
+    torch.manual_seed(0)
+    flows = [Glow(num_levels=2, num_steps=2, hidden_channels=32, **options) for _ in range(num_folds)]
+    for k, flow in enumerate(flows):
+        flow.initialize(to_tensor(data.draw_faces(range(16))))
+        randomize(flow, seed=k, scale=0.02)
+    return UnfoldedPGD([GlowProx(flow) for flow in flows], flows[0].mode(64).detach(), shrinkage=0.05).eval()
+
+
+@pytest.mark.parametrize("num_folds", [1, 3])
+@pytest.mark.parametrize("task", OPERATORS)
+def test_an_exported_solver_answers_as_pytorch_does(task, num_folds, tmp_path):
+    solver, operator = small_solver(num_folds), OPERATORS[task]
+    export_onnx(solver, task, tmp_path / "solver.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "solver.onnx")
+    given = {
+        "denoising": {},
+        "inpainting": {"mask": Inpainting(19).mask[None, None]},
+        "deblurring": {"blur": Blur(5.0).matrix(64, torch.zeros(1))},
+    }[task]
+    for seed, (scale, shift) in enumerate([(1.0, 0.0), (0.4, 0.1), (1.5, -0.03)]):
+        y = measure(operator, to_tensor(data.draw_faces(range(seed, seed + 1))), seed)
+        mu, lam = solver.step_size.detach() * scale, solver.shrinkage.detach() + shift
+        inputs = {"y": y, "step_size": mu, "shrinkage": lam} | given
+        images, norms = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        with torch.no_grad():
+            _, folds = solve_with(solver, mu, lam, y, operator, return_folds=True)
+        expected = torch.cat([fold.x for fold in folds])
+        assert np.abs(images - expected.numpy()).max() < 1e-3
+        expected_norms = torch.cat([fold.latent_norm_tilde for fold in folds])
+        torch.testing.assert_close(torch.from_numpy(norms), expected_norms, rtol=1e-3, atol=0)
+
+
+def test_weights_are_kept_in_sixteen_bits(tmp_path):
+    solver = small_solver()
+    export_onnx(solver, "denoising", tmp_path / "solver.onnx")
+    weights = sum(p.numel() for p in solver.proxes.parameters() if p.numel() >= 256)
+    assert 2 * weights < (tmp_path / "solver.onnx").stat().st_size < 2 * weights + 150_000
+    assert next(solver.parameters()).dtype == torch.float32
+
+
+def test_what_cannot_be_exported_is_named(tmp_path):
+    with pytest.raises(ValueError, match="only solvers with a flow"):
+        export_onnx(UnfoldedPGD([UNetProx(2)], torch.zeros(1, 3, 64, 64)), "denoising", tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match="'sigmoid'"):
+        export_onnx(small_solver(scale="sigmoid"), "denoising", tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_normal_numbers():
+    values = normals(3, (200_000,))
+    assert abs(values.mean()) < 0.01 and abs(values.std() - 1) < 0.01
+    assert abs((values[1:] * values[:-1]).mean()) < 0.01
+    assert abs((values * normals(4, (200_000,))).mean()) < 0.01
+    assert torch.equal(values[:10], normals(3, (10,)))
+
+
+def test_the_grid_holds_what_the_solver_says():
+    solver, operator = small_solver(), Inpainting(19)
+    x = to_tensor(data.draw_faces(range(1)))
+    answers = grid(solver, operator, x)
+    assert answers.shape == (len(SHIFTS), len(SCALES), 3, 64, 64)
+    y = operator.A(x)
+    with torch.no_grad():
+        torch.testing.assert_close(answers[SHIFTS.index(0), SCALES.index(1)], solver(y, operator)[0])
+        moved = solve_with(solver, solver.step_size * SCALES[2], solver.shrinkage + SHIFTS[7], y, operator)
+        torch.testing.assert_close(answers[7, 2], moved[0])
+        assert not torch.allclose(moved, solver(y, operator))  # and its own scalars stay
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """A build with untrained solvers: two with flows, one with a U-Net."""
+    experiment = Experiment("smoke", build=tmp_path_factory.mktemp("build"))
+    data.prepare_synthetic(experiment.build / "data" / "synthetic", num_images=40)
+    torch.manual_seed(0)
+    unet = UnfoldedPGD([UNetProx(2).eval() for _ in range(2)], torch.zeros(1, 3, 64, 64))
+    for name, solver in (
+        ("inpainting-glow", small_solver()),
+        ("denoising-glow", small_solver(3)),
+        ("inpainting-unet", unet),
+    ):
+        save_checkpoint(experiment.runs / "v2" / name / "model.safetensors", solver)
+    return experiment
+
+
+def test_files_of_the_page(experiment):
+    write_explorer(experiment)
+    folder = experiment.build / "explorer"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "denoising.onnx",
+        "denoising.webp",
+        "inpainting.onnx",
+        "inpainting.webp",
+        "originals.png",
+    }
+    assert all(path.stat().st_size < 1.5e6 for path in folder.glob("*.webp"))
+    html = page(folder, "../_static/explorer")
+    assert "../_static/explorer/inpainting.webp" in html and "<noscript>" in html
+    with pytest.raises(FileNotFoundError, match="python -m flowlib explorer"):
+        page(experiment.build, "x")
+
+
+def test_sliders_move_the_solver(experiment):
+    explorer = Explorer(experiment)
+    explorer.task.value = "inpainting"
+    assert explorer.prox.value == "glow"
+    x, operator = experiment_image(experiment), Inpainting(19)
+    solver, before = explorer.solver, dict(explorer.psnr)
+    explorer.scale.value = 0.5
+    explorer.shift.value = 0.1
+    with torch.no_grad():
+        expected = solve_with(solver, solver.step_size * 0.5, solver.shrinkage + 0.1, operator.A(x), operator)
+    assert explorer.psnr["fold 2"] == pytest.approx(psnr(expected, x).item(), abs=1e-3)
+    assert f"{explorer.psnr['fold 2']:.2f} dB" in explorer.status.value
+    explorer.sliders["μ"][1].value = 1.25  # one fold on its own
+    assert explorer.psnr["fold 2"] != pytest.approx(psnr(expected, x).item(), abs=1e-3)
+    explorer.reset.click()
+    assert explorer.psnr == pytest.approx(before)
+    explorer.setting.value = 30  # a larger hole
+    assert explorer.psnr["measurement"] < before["measurement"]
+
+
+def experiment_image(experiment, index=0):
+    return to_tensor(experiment.split("test")[index : index + 1])
+
+
+def test_task_method_image_and_noise_can_be_chosen(experiment):
+    explorer = Explorer(experiment)
+    assert explorer.task.value == "denoising" and len(explorer.panels.children) == 3 + 3
+    shown = explorer.psnr["measurement"]
+    explorer.seed.click()
+    assert explorer.psnr["measurement"] != shown
+    explorer.image.value = 2
+    y = measure(Denoising(0.2), experiment_image(experiment, 1), 1 + len(explorer.images))
+    assert explorer.psnr["measurement"] == pytest.approx(psnr(y, experiment_image(experiment, 1)).item(), abs=1e-3)
+    explorer.task.value = "inpainting"
+    assert explorer.setting.value == 19 and explorer.seed.layout.display == "none"
+    explorer.prox.value = "unet"
+    assert "λ" not in explorer.sliders and explorer.shift.disabled
+    explorer.scale.value = 0.5
+    assert explorer.sliders["μ"][0].value == pytest.approx(0.25)
+
+
+def upload(explorer, name, content):
+    explorer.upload.value = (
+        {"name": name, "type": "image/png", "size": len(content), "content": content, "last_modified": datetime.now()},
+    )
+
+
+def test_own_images(experiment):
+    explorer = Explorer(experiment)
+    before = dict(explorer.psnr)
+    upload(explorer, "notes.png", b"no image at all")
+    assert "notes.png is not a readable image" in explorer.status.value
+    assert explorer.psnr == before
+    file = io.BytesIO()
+    Image.fromarray(data.draw_faces([7], size=64)[0]).resize((300, 200)).save(file, "png")
+    upload(explorer, "face.png", file.getvalue())
+    assert explorer.own.shape == (1, 3, 64, 64) and explorer.psnr != before
+    explorer.image.value = 2  # back to the test set
+    assert explorer.own is None
+
+
+def test_a_moving_slider_does_not_pile_up_work(experiment, monkeypatch):
+    explorer, count = Explorer(experiment, delay=0.05), []
+    monkeypatch.setattr(explorer, "refresh", lambda: count.append(explorer.scale.value))
+
+    async def move():
+        for value in (0.9, 0.8, 0.7, 0.6):
+            explorer.scale.value = value
+        await asyncio.sleep(0.2)
+
+    asyncio.run(move())
+    assert count == [0.6]
+
+
+def test_nothing_trained_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing is trained"):
+        Explorer(Experiment("smoke", build=tmp_path))
