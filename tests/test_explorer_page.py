@@ -1,12 +1,13 @@
 """The explorer in a real browser: what the page shows is what the solver in PyTorch says, live and from the grid."""
 
+import contextlib
 import io
 import json
-import os
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import numpy as np
 import papermill
@@ -108,14 +109,14 @@ def config():
     return json.loads((EXPERIMENT.build / "explorer/config.json").read_text())
 
 
-def test_image(index=0):
+def face(index=0):
     return to_tensor(EXPERIMENT.split("test")[index : index + 1])
 
 
 def test_live_answers_are_those_of_pytorch(live):
     for task, operator in (("inpainting", Inpainting(19)), ("denoising", Denoising(0.2)), ("deblurring", Blur(5.0))):
         choose(live, task)
-        trained = check(live, task, operator, measure(operator, test_image(), 0))
+        trained = check(live, task, operator, measure(operator, face(), 0))
         move(live, "step size μ", 1.5)
         move(live, "shrinkage λ", 0.1)
         moved = check(live, task, operator)
@@ -137,15 +138,15 @@ def test_every_fold_can_be_moved(live):
 def test_noise_blur_and_hole(live):
     choose(live, "denoising")
     move(live, "noise σ", 0.1)
-    check(live, "denoising", Denoising(0.1), test_image() + 0.1 * normals(0, (1, 3, 64, 64)))
+    check(live, "denoising", Denoising(0.1), face() + 0.1 * normals(0, (1, 3, 64, 64)))
     live.get_by_role("button", name="New noise").click()
-    check(live, "denoising", Denoising(0.1), test_image() + 0.1 * normals(3, (1, 3, 64, 64)))
+    check(live, "denoising", Denoising(0.1), face() + 0.1 * normals(3, (1, 3, 64, 64)))
     choose(live, "deblurring")
     move(live, "blur σ_b", 0.6)
-    check(live, "deblurring", Blur(0.6), Blur(0.6).A(test_image()))
+    check(live, "deblurring", Blur(0.6), Blur(0.6).A(face()))
     choose(live, "inpainting")
     move(live, "hole", 30)
-    check(live, "inpainting", Inpainting(30), Inpainting(30).A(test_image()))
+    check(live, "inpainting", Inpainting(30), Inpainting(30).A(face()))
 
 
 def test_a_mask_is_painted(live):
@@ -196,7 +197,7 @@ def test_own_photos(live):
 def grid_answer(index, row, column, task="inpainting"):
     chosen = next(t for t in config()["tasks"] if t["task"] == task)
     solver = results.load_solver(EXPERIMENT, task, chosen["prox"])[1]
-    return grid(solver, Inpainting(19), test_image(index), seed=index)[row, column]
+    return grid(solver, Inpainting(19), face(index), seed=index)[row, column]
 
 
 def test_without_webassembly_the_grid_answers(open_page):
@@ -213,7 +214,7 @@ def test_without_webassembly_the_grid_answers(open_page):
     page.locator("input[value='1']").check(force=True)  # the second image
     row, column = SHIFTS.index(-0.05), SCALES.index(1.5)
     expected = grid_answer(1, row, column)
-    value = psnr(expected[None], test_image(1)).item()
+    value = psnr(expected[None], face(1)).item()
     assert page.locator(".panels strong").inner_text().startswith(f"{value:.2f} dB")
     shown = page.evaluate(
         "() => Array.from(document.querySelectorAll('.panels canvas')[1].getContext('2d').getImageData(0, 0, 64, 64).data)"
@@ -230,7 +231,7 @@ def test_opened_as_a_file(open_page, smoke_book):
     before = page.locator(".panels strong").inner_text()
     page.get_by_label("step size μ").focus()
     page.keyboard.press("Home")
-    value = psnr(grid_answer(0, SHIFTS.index(0), 0)[None], test_image()).item()
+    value = psnr(grid_answer(0, SHIFTS.index(0), 0)[None], face()).item()
     after = page.locator(".panels strong").inner_text()
     assert after != before and after.startswith(f"{value:.2f} dB")
 
@@ -245,49 +246,55 @@ def test_without_javascript_the_grids_are_shown(open_page):
 def test_text_can_be_read_in_both_themes(open_page, theme):
     page = open_page(color_scheme=theme)
     page.wait_for_selector(".flow-explorer .panels strong")
-    light = """(node) => { const c = getComputedStyle(node).color.match(/[\\d.]+/g).map(Number); return (c[0] + c[1] + c[2]) / 3 }"""
+    light = "(node) => { const [r, g, b] = getComputedStyle(node).color.match(/[0-9.]+/g); return (+r + +g + +b) / 3 }"
     assert (page.locator(".flow-explorer .panels .caption").first.evaluate(light) > 128) == (theme == "dark")
     ground = "(node) => getComputedStyle(node.closest('.text_html')).backgroundColor"
     assert page.locator(".flow-explorer").evaluate(ground) == "rgba(0, 0, 0, 0)"
 
 
-def test_live_notebook_in_voila(browser, smoke_book, tmp_path):
+def test_live_notebook_in_jupyterlab(browser, smoke_book):
     """End to end: a kernel, its widgets in a browser, a slider moved with the keyboard."""
-    notebook = tmp_path / "live.ipynb"
+    notebook = EXPERIMENT.build / "live.ipynb"
     parameters = {"profile": "smoke", "build": str(smoke_book)}
     papermill.execute_notebook(ROOT / "notebooks/live_explorer.ipynb", notebook, parameters, prepare_only=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    log = open(tmp_path / "voila.log", "w")
-    voila = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
+        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    options = [
+        f"--port={address[17:]}",
+        "--no-browser",
+        "--allow-root",
+        "--IdentityProvider.token=",
+        f"--notebook-dir={ROOT}",
+    ]
+    options += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with open(EXPERIMENT.build / "logs/lab.log", "w") as log:
+        lab = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", *options], stdout=log, stderr=log, cwd=ROOT)
+    page, left = browser.new_page(viewport={"width": 1200, "height": 1400}), []
+    local = (address, address.replace("http", "ws"), "data:", "blob:")
+    page.on("request", lambda request: request.url.startswith(local) or left.append(request.url))
     try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api"):
+                break
             time.sleep(0.1)
-        page = browser.new_page(viewport={"width": 1000, "height": 900})
-        left = []
-        page.on(
-            "request", lambda r: r.url.startswith((f"http://127.0.0.1:{port}", "data:", "blob:")) or left.append(r.url)
-        )
-        page.goto(f"http://127.0.0.1:{port}/", timeout=120_000)
-        page.wait_for_selector("text=PSNR", timeout=120_000)
+        page.goto(f"{address}/lab/tree/{notebook.relative_to(ROOT).as_posix()}?reset", timeout=120_000)
+        page.locator(".jp-NotebookPanel .jp-Cell").first.click(timeout=60_000)
+        page.locator("text=/ipykernel.* Idle/").wait_for(timeout=60_000)
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.locator('[data-command="runmenu:run-all"]').click()
         status = page.locator("text=/^PSNR .* dB$/").first
+        status.wait_for(timeout=120_000)
         before = status.inner_text()
-        handle = page.locator(".noUi-handle").nth(1)  # after the setting: the factor of μ
-        handle.focus()
+        page.locator(".noUi-handle").nth(1).focus()  # after the setting: the factor of μ
         for _ in range(20):
             page.keyboard.press("ArrowRight")
         page.wait_for_function("(old) => !document.body.innerText.includes(old)", arg=before, timeout=30_000)
-        page.wait_for_selector(".flow-explorer .panels strong", timeout=30_000)  # the grid, through anywidget
-        page.wait_for_function("document.querySelector('.flow-explorer .panels strong').textContent.includes('dB')")
+        page.wait_for_function(  # the grid, through anywidget
+            "document.querySelector('.flow-explorer .panels strong')?.textContent.includes('dB')", timeout=60_000
+        )
         assert left == []
-        page.close()
     finally:
-        voila.terminate()
-        voila.wait(20)
-        log.close()
+        page.close()
+        lab.terminate()
+        lab.wait(30)
