@@ -16,10 +16,13 @@ RETRAIN = int(config.get("retrain", 0))
 # What the profile trains for this edition, "task-prox" each.
 EXPERIMENT = Experiment(PROFILE, DATASET, EDITION, SEED, BUILD)
 TRAININGS = [f"{task}-{prox}" for task, prox in EXPERIMENT.trainings()]
-# Where models of this very experiment are kept with the code, the book is made from those alone, unless retrain=1.
+# Where models of this very experiment are kept with the code, the book is made from those alone, and from their records, unless
+# retrain=1. `make verify` evaluates them anew.
 KEPT = Path("results/checkpoints") / EXPERIMENT.runs.name
+RECORDS = Path("results/runs") / EXPERIMENT.runs.name
 SHIPPED = [] if RETRAIN else sorted(path.stem for path in (KEPT / EDITION).glob("*.safetensors"))
 SHIPPED_FLOWS = [] if RETRAIN else sorted(path.stem for path in KEPT.glob("flow*.safetensors"))
+KEPT_CLASSICAL = [] if RETRAIN else sorted(str(path) for path in (RECORDS / EDITION).glob("classical-*.json"))
 TRAININGS = SHIPPED or TRAININGS
 # Faces out of distribution, where the data set has such a companion.
 FOREIGN = FOREIGN_IMAGES.get(DATASET)
@@ -108,33 +111,26 @@ def start_of(wildcards):
     }[method.start]
 
 
-# Kept models are only evaluated again.
+# Kept models come with the records of their evaluation.
 rule restore:
     input:
-        IMAGES,
-        [f"{BUILD}/data/{FOREIGN}/manifest.json"] if FOREIGN else [],
         model=KEPT / EDITION / "{task}-{prox}.safetensors",
+        record=RECORDS / EDITION / "{task}-{prox}.json",
     output:
         f"{RUN}/{{task}}-{{prox}}/record.json",
-    threads: workflow.cores
     shell:
-        f"mkdir -p {RUN}/{{wildcards.task}}-{{wildcards.prox}}"
-        f" && cp {{input.model}} {RUN}/{{wildcards.task}}-{{wildcards.prox}}/model.safetensors"
-        f" && python -m flowlib evaluate {CHOICE} --task {{wildcards.task}} --prox {{wildcards.prox}}"
+        f"cp {{input.model}} {RUN}/{{wildcards.task}}-{{wildcards.prox}}/model.safetensors && cp {{input.record}} {{output}}"
 
 
 rule restore_flow:
     input:
-        IMAGES,
         model=KEPT / "{flow}.safetensors",
+        record=RECORDS / "{flow}.json",
     output:
-        f"{FLOWS}/{{flow}}/model.safetensors",
-        f"{FLOWS}/{{flow}}/record.json",
-    threads: workflow.cores
+        model=f"{FLOWS}/{{flow}}/model.safetensors",
+        record=f"{FLOWS}/{{flow}}/record.json",
     shell:
-        f"mkdir -p {FLOWS}/{{wildcards.flow}}"
-        f" && cp {{input.model}} {FLOWS}/{{wildcards.flow}}/model.safetensors"
-        f" && python -m flowlib evaluate {CHOICE} --flow {{wildcards.flow}}"
+        "cp {input.model} {output.model} && cp {input.record} {output.record}"
 
 
 if SHIPPED:
@@ -164,16 +160,23 @@ rule train:
 rule classical:
     input:
         IMAGES,
+        kept=KEPT_CLASSICAL,
     output:
         f"{RUN}/classical-deblurring-tikhonov/record.json",
     threads: workflow.cores
+    params:
+        kept=len(KEPT_CLASSICAL),
     shell:
-        f"python -m flowlib classical {CHOICE}"
+        "if [ {params.kept} -gt 0 ]; then for record in {input.kept}; do"
+        f"     folder={RUN}/$(basename $record .json) && mkdir -p $folder && cp $record $folder/record.json; done"
+        f" else python -m flowlib classical {CHOICE}; fi"
 
 
 rule tabulate:
     input:
         rules.classical.output,
+        IMAGES,
+        [f"{BUILD}/data/{FOREIGN}/manifest.json"] if FOREIGN else [],
         expand(f"{FLOWS}/{{flow}}/record.json", flow=["flow", "flow-noisy"]),
         expand(f"{RUN}/{{training}}/record.json", training=TRAININGS),
         recorded=sorted(str(path) for path in Path("results").rglob("*") if path.suffix in (".csv", ".json")),

@@ -18,12 +18,12 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     for name in ("flowlib", "notebooks", "book"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Snakefile", "_config.yml", "_toc.yml"):
+    for name in ("Snakefile", "_config.yml", "_toc.yml", "package.json", "package-lock.json"):
         shutil.copy(ROOT / name, folder)
     for name in KEPT:
-        path = folder / f"results/checkpoints/smoke-synthetic-s0/{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        for path in (f"checkpoints/smoke-synthetic-s0/{name}.safetensors", f"runs/smoke-synthetic-s0/{name}.json"):
+            (folder / "results" / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "results" / path).touch()
     return folder
 
 
