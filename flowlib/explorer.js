@@ -75,19 +75,19 @@ function draw(canvas, x) {
   context.putImageData(data, 0, 0);
 }
 
-// What a drawable shows in a square, as (3, 64, 64) numbers in [-0.5, 0.5].
+// What a drawable shows in a square, as (3, 64, 64) numbers in [-0.5, 0.5]; what is transparent becomes white.
 function pixels(drawable, left, top, side) {
+  let context;
   // Halving until the last step keeps large photos free of aliasing.
-  let size = side, source = drawable;
-  for (let target = side; target > SIZE;) {
-    target = Math.max(SIZE, Math.ceil(target / 2));
-    const canvas = element("canvas", { width: target, height: target }), context = canvas.getContext("2d");
+  for (let size = side, source = drawable; !context || size > SIZE;) {
+    const target = Math.max(SIZE, Math.ceil(size / 2));
+    context = element("canvas", { width: target, height: target }).getContext("2d");
     context.imageSmoothingQuality = "high";
+    context.fillStyle = "white";
+    context.fillRect(0, 0, target, target);
     context.drawImage(source, left, top, size, size, 0, 0, target, target);
-    [source, left, top, size] = [canvas, 0, 0, target];
+    [source, left, top, size] = [context.canvas, 0, 0, target];
   }
-  const context = element("canvas", { width: SIZE, height: SIZE }).getContext("2d");
-  context.drawImage(source, left, top, size, size, 0, 0, SIZE, SIZE);
   const { data } = context.getImageData(0, 0, SIZE, SIZE);
   return Float32Array.from({ length: 3 * PIXELS }, (_, i) => data[4 * (i % PIXELS) + Math.floor(i / PIXELS)] / 255 - 0.5);
 }
@@ -316,7 +316,7 @@ class Explorer {
     this.captions.original.textContent = this.photo ? "your photo" : this.config.labels[this.image];
     this.showSliders();
     if (this.live) this.solve();
-    else if (this.sprite) this.showGrid();
+    else if (this.sprite && !this.photo) this.showGrid();
   }
 
   showSliders() {
