@@ -156,6 +156,26 @@ def fold_curves(records):
     return figure
 
 
+@styled
+def learning_curves(records):
+    """Validation quality, −10 log10 of the mean squared error, over minutes of training; one panel a task, one line a method."""
+    records = [r for r in records if r["kind"] == "solver" and len(r["training"]["history"]) > 1]
+    tasks = list(dict.fromkeys((r["task"], r["setting"]) for r in records))
+    figure, axes = plt.subplots(len(tasks), figsize=(WIDTH, 0.5 + 2.6 * len(tasks)), squeeze=False)
+    for axis, task in zip(axes[:, 0], tasks):
+        for r in records:
+            if (r["task"], r["setting"]) == task and r["prox"] in COLOURS:
+                history = r["training"]["history"]
+                minutes, quality = zip(*[(row["seconds"] / 60, -10 * np.log10(row["val_loss"])) for row in history])
+                axis.plot(minutes, quality, "o-", ms=4, color=COLOURS[r["prox"]], label=SHORT_LABELS[r["prox"]])
+        axis.set(ylabel="validation, dB")
+        axis.set_title(f"{task[0]}, {setting_text(task[1])}", loc="left")
+    axes[-1, 0].set_xlabel("minutes of training")
+    handles = {text: handle for axis in axes[:, 0] for handle, text in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=9.5)
+    return figure
+
+
 def paper_and_ours():
     marks = (("D", "white", "paper"), ("o", INK, "ours, 95 % interval"))
     return [plt.Line2D([], [], color=INK, marker=m, mfc=fill, ls="none", label=text) for m, fill, text in marks]
