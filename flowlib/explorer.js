@@ -126,6 +126,7 @@ class Explorer {
   }
 
   async start() {
+    if (this.config.ort) this.load(this.config.tasks[0]).catch(() => {}); // takes longest, so it goes first
     this.build();
     const strip = await loadImage(this.config.originals);
     this.originals = this.config.labels.map((_, i) => pixels(strip, i * SIZE, 0, SIZE));
@@ -388,15 +389,21 @@ class Explorer {
 
   // -- From the grid to the live solver
 
-  async goLive(task) {
-    const { config } = this, address = (path) => new URL(path, document.baseURI).href;
-    try {
+  // The session of a task's solver, fetched once.
+  load(task) {
+    const address = (path) => new URL(path, document.baseURI).href, { ort } = this.config;
+    return this.sessions[task.task] ??= (async () => {
       if (typeof WebAssembly === "undefined") throw new Error("this browser has no WebAssembly");
       if (location.protocol === "file:") throw new Error("a page opened as a file may not load it; serve the folder over http");
-      this.ort ??= await import(address(config.ort));
-      Object.assign(this.ort.env.wasm, { numThreads: 1, proxy: true, wasmPaths: address(config.ort).replace(/[^/]*$/, "") });
-      this.sessions[task.task] ??= this.ort.InferenceSession.create(address(task.onnx), { executionProviders: ["wasm"] });
-      await this.sessions[task.task];
+      this.ort = await import(address(ort));
+      Object.assign(this.ort.env.wasm, { numThreads: 1, proxy: true, wasmPaths: address(ort).replace(/[^/]*$/, "") });
+      return this.ort.InferenceSession.create(address(task.onnx), { executionProviders: ["wasm"] });
+    })();
+  }
+
+  async goLive(task) {
+    try {
+      await this.load(task);
     } catch (error) {
       if (task === this.task) this.say(this.note(error.message ?? error));
       return;
