@@ -208,17 +208,32 @@ def budget(records):
 
 
 def findings(records):
-    """Markdown for the front page: budget, the claims of Table I, and what the flows are like."""
-    lines = [budget(records) + " This is far below the paper's budget.", ""]
-    edition = next(r for r in records if r["kind"] == "solver")["experiment"]["edition"]
-    for row in claims("I", edition, records):
-        lines.append(
-            f"- {row['Task']}, {row['Setting']}: {row['Claim']} by {row['Ours, dB']} dB (paper {row['Paper, dB']}): "
-            f"**{row['Verdict']}**."
-        )
-    for r in records:
-        if r["kind"] == "failed":
-            lines.append(f"- {METHODS[r['prox']].label}, {r['task']}: **diverged** at step {r['training']['steps']}.")
+    """Markdown for the front page: for each edition with recorded solvers its budget and what became of the claims of the paper's
+    tables; then what the flows are like."""
+    lines = []
+    for edition in sorted({r["experiment"]["edition"] for r in records if r["kind"] == "solver"}, reverse=True):
+        run = main_run(records, edition)
+        lines += [budget(run) + " This is far below the paper's budget.", ""]
+        lines += [
+            "| Table | Compared | Same order as the paper | The opposite | Not distinguishable |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for name, of in PAPER_TABLES:
+            of_claim = {}
+            for row in claims(name, of, run) if of == edition else ():
+                setting = f"{row['Task']}, {row['Setting']} ({row['Ours, dB']} dB; paper {row['Paper, dB']})"
+                of_claim.setdefault(row["Claim"], {}).setdefault(row["Verdict"], []).append(setting)
+            for claim, verdicts in of_claim.items():
+                cells = [
+                    "<br>".join(verdicts.get(v, ["–"])) for v in ("replicated", "the opposite", "not distinguishable")
+                ]
+                lines.append(f"| {name} of {of} | {claim} | {' | '.join(cells)} |")
+        lines.append("")
+        for r in run:
+            if r["kind"] == "failed":
+                lines += [f"- {METHODS[r['prox']].label}, {r['task']}: **diverged** at step {r['training']['steps']}."]
+        lines.append("")
+    for r in main_run(records):
         if r["kind"] == "flow":
             change = {name: response["0.01"] / 0.01 for name, response in r["shrinkage_response"].items()}
             lines.append(
@@ -237,7 +252,7 @@ def tabulate(experiment):
     edition = experiment.names["edition"]
     write_csv(tables / "table1.csv", table("I", edition, here))
     write_csv(tables / "table1_recorded.csv", table("I", main[-1]["experiment"]["edition"] if main else edition, main))
-    write_csv(tables / "provenance.csv", provenance_rows(here + kept))
+    write_csv(tables / "provenance.csv", provenance_rows(here + [r for r in kept if r not in here]))
     names = experiment.names
     minutes = [r["training"]["seconds"] / 60 for r in here if "training" in r]
     write_text(
@@ -247,5 +262,5 @@ def tabulate(experiment):
         f"{experiment.split_sizes['val']} validation and {experiment.split_sizes['test']} test images), seed {names['seed']}: "
         f"{len(minutes)} trainings, {sum(minutes):.1f} minutes in all. Recorded runs kept with the code: {len(kept)}.",
     )
-    lines = findings(main) if main else ["No run on real faces is recorded yet; {doc}`build` shows what was run."]
+    lines = findings(kept) if main else ["No run on real faces is recorded yet; {doc}`build` shows what was run."]
     write_text(tables / "findings.md", "\n".join(lines))

@@ -223,7 +223,8 @@ def test_records_hold_what_the_tables_need(build, monkeypatch, tmp_path):
     assert results.main_run(list(kept.values())) == list(kept.values())
     text = "\n".join(tables.findings(list(kept.values())))
     difference = record["psnr"]["mean"] - kept["denoising-unet"]["psnr"]["mean"]
-    assert f"GLOW prox over U-Net prox by {tables.signed(difference)} ±" in text and "(paper +0.06)" in text
+    assert "| I of v2 | GLOW prox over U-Net prox |" in text
+    assert f"denoising, σₙ = 0.2 ({tables.signed(difference)} ±" in text and "paper +0.06)" in text
     (run.directory("denoising", "unet") / "record.json").write_text("{")
     with pytest.raises(ValueError, match="is no result record"):
         results.build_records(run)
