@@ -198,7 +198,7 @@ class Explorer {
     Object.assign(this, { sigma: this.task.sigma, hole: this.task.hole, sigmaB: this.task.sigma_b, seed: this.image, changed: false });
     this.mask = this.hole ? squareMask(this.hole) : null;
     this.sprite = null;
-    this.setLive(false, this.config.ort ? "Loading the solver…" : this.note("this book was built without it"));
+    this.setLive(false, this.config.ort ? "Loading the solver…" : this.note(this.config.reason));
     this.buildControls();
     this.moveAll(1, 0);
     const task = this.task;

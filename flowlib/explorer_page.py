@@ -145,7 +145,7 @@ def _config(folder):
 def page(folder, address, ort=None):
     """HTML of the explorer for a static page. folder: what write_explorer wrote; address: where the page finds these files; ort:
     where it finds onnxruntime-web's module, None if it does not. Scripts are inline, so that it works from file:// too."""
-    config = _config(Path(folder)) | {"ort": ort}
+    config = _config(Path(folder)) | {"ort": ort, "reason": "this book was built without npm"}
     for task in config["tasks"]:
         task |= {key: f"{address}/{task[key]}" for key in ("sprite", "onnx")}
     text = json.dumps(config).replace("<", "\\u003c")
@@ -166,7 +166,7 @@ class GridExplorer(anywidget.AnyWidget):
     config = traitlets.Dict().tag(sync=True)
 
     def __init__(self, folder):
-        config = _config(Path(folder)) | {"ort": None}
+        config = _config(Path(folder)) | {"ort": None, "reason": "in a notebook, flowlib.explorer.Explorer has one"}
         for task in config["tasks"]:
             task |= {"sprite": _data_url(Path(folder) / task["sprite"])}
         super().__init__(config=config)
