@@ -397,7 +397,9 @@ class Explorer {
       if (location.protocol === "file:") throw new Error("a page opened as a file may not load it; serve the folder over http");
       this.ort = await import(address(ort));
       Object.assign(this.ort.env.wasm, { numThreads: 1, proxy: true, wasmPaths: address(ort).replace(/[^/]*$/, "") });
-      return this.ort.InferenceSession.create(address(task.onnx), { executionProviders: ["wasm"] });
+      // The graph is as it should be: optimising it takes longer than it saves.
+      const options = { executionProviders: ["wasm"], graphOptimizationLevel: "disabled" };
+      return this.ort.InferenceSession.create(address(task.onnx), options);
     })();
   }
 

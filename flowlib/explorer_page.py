@@ -153,7 +153,7 @@ def page(folder, address, ort=None):
     return (
         f"<style>{(HERE / 'explorer.css').read_text()}</style>"
         '<div id="flow-explorer"><noscript>This explorer needs JavaScript. The figures below show its grids.</noscript></div>'
-        f'<script type="module">{script}\n'
+        f'<script type="module" async>{script}\n'
         f'render({{ model: {{ get: () => ({text}) }}, el: document.getElementById("flow-explorer") }});</script>'
     )
 
