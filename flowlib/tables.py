@@ -207,32 +207,43 @@ def budget(records):
     )
 
 
+MARKS = {"replicated": "✓", "the opposite": "✗", "not distinguishable": "≈"}
+
+
+def overview(edition, records):
+    """Lines of a Markdown table: every pair of methods that the paper's tables compare, one column a setting of Table I. All tables
+    have the same order of settings, and other values only out of distribution."""
+    heads = [
+        f"{task}, {setting_text(setting)}" for task, setting in dict.fromkeys(k[:2] for k in paper_table("I", edition))
+    ]
+    lines = ["| Table | First over second | " + " | ".join(heads) + " |", "| --- " * (2 + len(heads)) + "|"]
+    for name, _ in (key for key in PAPER_TABLES if key[1] == edition):
+        rows = claims(name, edition, records)
+        settings = dict.fromkeys((task, setting_text(value)) for task, value, _ in paper_table(name, edition))
+        for claim in dict.fromkeys(row["Claim"] for row in rows):
+            found = {(row["Task"], row["Setting"]): row for row in rows if row["Claim"] == claim}
+            cells = [
+                f"{MARKS[row['Verdict']]} {row['Ours, dB']} ({row['Paper, dB']})" if row else "–"
+                for row in map(found.get, settings)
+            ]
+            lines.append(f"| {name} | {claim.replace(' prox', '')} | {' | '.join(cells)} |")
+    return lines
+
+
 def findings(records):
     """Markdown for the front page: for each edition with recorded solvers its budget and what became of the claims of the paper's
     tables; then what the flows are like."""
-    lines = []
+    lines = [
+        "By how many decibels one method is above another, ours and, in brackets, the paper's. "
+        "✓: the paper's order, ✗: the opposite, ≈: not distinguishable, –: not run or not in the paper."
+    ]
     for edition in sorted({r["experiment"]["edition"] for r in records if r["kind"] == "solver"}, reverse=True):
         run = main_run(records, edition)
-        lines += [budget(run) + " This is far below the paper's budget.", ""]
-        lines += [
-            "| Table | Compared | Same order as the paper | The opposite | Not distinguishable |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        for name, of in PAPER_TABLES:
-            of_claim = {}
-            for row in claims(name, of, run) if of == edition else ():
-                setting = f"{row['Task']}, {row['Setting']} ({row['Ours, dB']} dB; paper {row['Paper, dB']})"
-                of_claim.setdefault(row["Claim"], {}).setdefault(row["Verdict"], []).append(setting)
-            for claim, verdicts in of_claim.items():
-                cells = [
-                    "<br>".join(verdicts.get(v, ["–"])) for v in ("replicated", "the opposite", "not distinguishable")
-                ]
-                lines.append(f"| {name} of {of} | {claim} | {' | '.join(cells)} |")
-        lines.append("")
+        lines += ["", budget(run) + " This is far below the paper's budget.", "", *overview(edition, run), ""]
         for r in run:
             if r["kind"] == "failed":
                 lines += [f"- {METHODS[r['prox']].label}, {r['task']}: **diverged** at step {r['training']['steps']}."]
-        lines.append("")
+    lines.append("")
     for r in main_run(records):
         if r["kind"] == "flow":
             change = {name: response["0.01"] / 0.01 for name, response in r["shrinkage_response"].items()}

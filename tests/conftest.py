@@ -42,7 +42,7 @@ def site(smoke_book):
         server.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: while it lives, its event loop runs in this thread
 def browser():
     from playwright.sync_api import sync_playwright
 
