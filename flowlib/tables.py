@@ -211,8 +211,8 @@ MARKS = {"replicated": "✓", "the opposite": "✗", "not distinguishable": "≈
 
 
 def overview(edition, records):
-    """Lines of a Markdown table: every pair of methods that the paper's tables compare, one column a setting of Table I. All tables
-    have the same order of settings, and other values only out of distribution."""
+    """Lines of a Markdown table: every pair of methods that the paper's tables compare, one column a setting of Table I.
+    All tables have the same order of settings, and other values only out of distribution."""
     heads = [
         f"{task}, {setting_text(setting)}" for task, setting in dict.fromkeys(k[:2] for k in paper_table("I", edition))
     ]
