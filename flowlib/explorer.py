@@ -1,6 +1,7 @@
 """The live explorer: move μ and λ in a notebook, and the solver of this build answers."""
 
 import asyncio
+import contextlib
 import io
 
 import ipywidgets as widgets
@@ -160,9 +161,14 @@ class Explorer(widgets.VBox):
                 slider.value = value + self.shift.value
         self._changed()
 
+    @contextlib.contextmanager
     def _hold(self):
         """While this is open, changes of sliders are our own and compute nothing."""
-        return _Held(self)
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
 
     # The answer.
 
@@ -199,17 +205,6 @@ class Explorer(widgets.VBox):
     def _panel(name, image, text):
         array = figures.pixels(image[0].nan_to_num()).repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)
         return widgets.VBox([widgets.Image(value=_png(array), format="png"), widgets.HTML(f"{name}<br>{text}")])
-
-
-class _Held:
-    def __init__(self, explorer):
-        self.explorer = explorer
-
-    def __enter__(self):
-        self.before, self.explorer._held = self.explorer._held, True
-
-    def __exit__(self, *_):
-        self.explorer._held = self.before
 
 
 def _png(array):

@@ -84,7 +84,7 @@ def write_explorer(experiment):
         tasks.append(
             {
                 "task": task,
-                "label": f"{TASKS[task].name.capitalize()}",
+                "label": TASKS[task].name.capitalize(),
                 "prox": prox,
                 "sprite": f"{task}.webp",
                 "onnx": f"{task}.onnx",

@@ -245,8 +245,8 @@ def roofline(rows, machine):
 
 @styled
 def blur_evidence(rows):
-    """PSNR over kernel size, circular border, rows of benchmarks/blur.json: left, what an inverse that is as good as the paper's
-    solvers at σ_b 5 keeps at 8; right, what short trainings reach."""
+    """PSNR over kernel size, circular border, rows of benchmarks/blur.json: above, what an inverse that is as good as the
+    paper's solvers at σ_b 5 loses at 8; below, what short trainings reach."""
     rows = [row for row in rows if row["boundary"] == "circular" and row["kernel_size"] <= 9]
     trained = [row for row in rows if "trained" in row]
     figure, axes = plt.subplots(2, figsize=(WIDTH, 6.2), sharex=True)
