@@ -91,8 +91,8 @@ FOREIGN_IMAGES = {"celeba": "anime", "synthetic": "synthetic-ood"}
 @dataclass(frozen=True)
 class Training:
     """Settings of one training. lr: of the networks; scalar_lr: of μ and λ; the rate rises over warmup_steps and, with
-    cosine, falls to zero at num_steps; patience: validations without improvement before it stops. shrinkage: where λ starts;
-    last_conv_factor: rate of the coupling nets' last convolutions relative to lr (book/choices.md, "Learning rate")."""
+    cosine, falls to zero at num_steps; patience: validations without improvement before it stops. shrinkage: where λ starts.
+    mirror: half of the training images, at random, are mirrored left to right (both editions are silent on it)."""
 
     num_steps: int
     batch_size: int
@@ -105,6 +105,7 @@ class Training:
     shrinkage: float = 0.1
     validate_every: int = 100
     val_images: int = 200
+    mirror: bool = False
     patience: int = 10
     bf16: bool = True
     checkpoint_minutes: float = 5
@@ -165,11 +166,11 @@ PROFILES = {
     ),
     "cpu": Profile(
         name="cpu",
-        flow=dict(num_levels=3, num_steps=8, hidden_channels=64, last_level_steps=4),
-        unet=dict(width=8),
+        flow=dict(num_levels=4, num_steps=8, hidden_channels=(64, 96, 128, 128), last_level_steps=8),
+        unet=dict(width=24),
         resnet=dict(width=64),
-        pretraining=Training(num_steps=5000, batch_size=32, lr=1e-3, validate_every=250),
-        noisy_pretraining=Training(num_steps=1200, batch_size=32, lr=5e-4, validate_every=200),
+        pretraining=Training(num_steps=8000, batch_size=32, lr=1e-3, validate_every=400, mirror=True),
+        noisy_pretraining=Training(num_steps=2500, batch_size=32, lr=5e-4, validate_every=250, mirror=True),
         unfolding={
             "glow": Training(
                 num_steps=250, batch_size=8, lr=2e-4, clip_norm=0.1, warmup_steps=20, validate_every=50, val_images=100

@@ -16,10 +16,12 @@ class Glow(nn.Module):
     Each of the num_levels levels squeezes, applies num_steps flow steps and, but for the last, splits half of
     the channels off as a latent. The last level has last_level_steps steps (one, as the reference code builds
     it: with num_levels 4, num_steps 18 and 512 hidden channels that gives the paper's 25.77 M parameters).
-    scale: the coupling's scale rule, "tanh" | "sigmoid" | "exp", see AffineCoupling. max_log_scale: bound of "tanh";
-    None is 2 / num_steps, so that the scales of one level's couplings multiply to between e^-2 and e^2.
+    num_steps and hidden_channels may also be one number for each level, from fine to coarse; num_steps then gives the
+    last level's too. scale: the coupling's scale rule, "tanh" | "sigmoid" | "exp", see AffineCoupling. max_log_scale: bound
+    of "tanh"; None is 2 / steps of the level, so that the scales of its couplings multiply to between e^-2 and e^2.
 
-    Raises ValueError where x is not (B, in_channels, H, W) with H and W divisible by 2^num_levels."""
+    Raises ValueError where x is not (B, in_channels, H, W) with H and W divisible by 2^num_levels, and where there are
+    not as many numbers as levels."""
 
     def __init__(
         self,
@@ -32,7 +34,6 @@ class Glow(nn.Module):
         max_log_scale=None,
     ):
         super().__init__()
-        max_log_scale = max_log_scale or 2 / num_steps
         self.config = dict(
             in_channels=in_channels,
             num_levels=num_levels,
@@ -45,12 +46,20 @@ class Glow(nn.Module):
         self.memory = "plain"
         self.squeeze, self.split = Squeeze(), Split()
         self.levels = nn.ModuleList()
+        steps = num_steps if not isinstance(num_steps, int) else [num_steps] * (num_levels - 1) + [last_level_steps]
+        hidden = hidden_channels if not isinstance(hidden_channels, int) else [hidden_channels] * num_levels
+        if len(steps) != num_levels or len(hidden) != num_levels:
+            raise ValueError(
+                f"num_levels is {num_levels}, but num_steps {num_steps} and hidden_channels {hidden_channels}: give one number "
+                "for each level, or one for all"
+            )
         channels = in_channels
-        for level in range(num_levels):
+        for level_steps, level_hidden in zip(steps, hidden):
             channels *= 4
-            steps = num_steps if level < num_levels - 1 else last_level_steps
-            chain = (FlowStep(channels, hidden_channels, scale, max_log_scale) for _ in range(steps))
-            self.levels.append(nn.ModuleList(chain))
+            bound = max_log_scale or 2 / level_steps
+            self.levels.append(
+                nn.ModuleList(FlowStep(channels, level_hidden, scale, bound) for _ in range(level_steps))
+            )
             channels //= 2
         self.to(memory_format=torch.channels_last)
 

@@ -158,6 +158,12 @@ def finish(model, directory, summary, **info):
     (directory / "resume.safetensors").unlink(missing_ok=True)
 
 
+def mirrored(x, seed, step):
+    """x (B, C, H, W) with about half of its images mirrored left to right."""
+    chosen = torch.rand(len(x), generator=generator_for(seed, "mirror", step)) < 0.5
+    return torch.where(chosen[:, None, None, None], x.flip(3), x)
+
+
 def batches(images, size):
     for start in range(0, len(images), size):
         yield images[start : start + size]
@@ -179,6 +185,8 @@ def pretrain(experiment, noisy=False):
     def prepare(batch, purpose, step=0):
         generator = generator_for(seed, purpose, step)
         x = dequantize(batch, generator)
+        if config.mirror and purpose == "pretrain":
+            x = mirrored(x, seed, step)
         if noisy:
             sigma = NOISY_SIGMA * torch.rand(len(x), 1, 1, 1, generator=generator)
             x = x + sigma * torch.randn(x.shape, generator=generator)
@@ -274,8 +282,12 @@ def _train_solver(experiment, solver, task, prox, config, directory):
         x = x.to(device())
         return x, operator.measure(x, generator_for(seed, purpose, step))
 
+    def training_pair(indices, step):
+        x = mirrored(train[indices], seed, step) if config.mirror else train[indices]
+        return measured(x, "measure", step)
+
     def batch_loss(indices, step):
-        x, y = measured(train[indices], "measure", step)
+        x, y = training_pair(indices, step)
         return (solver(y, operator) - x).square().mean()
 
     def validation_loss():
@@ -287,9 +299,7 @@ def _train_solver(experiment, solver, task, prox, config, directory):
 
     def explain(indices, step):
         with torch.no_grad():
-            return find_nonfinite_fold(
-                solver(measured(train[indices], "measure", step)[1], operator, return_folds=True)[1]
-            )
+            return find_nonfinite_fold(solver(training_pair(indices, step)[1], operator, return_folds=True)[1])
 
     groups = parameter_groups(solver, config)
     about = dict(task=TASKS[task].name, setting=TASKS[task].setting, prox=prox, experiment=experiment.names)
