@@ -11,6 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from flowlib.files import write_atomically
+from flowlib.layers import fold
 
 # What the graph of a task takes beside y: the mask, or the matrix of the blur along one axis.
 OPERATOR_DATA = {"denoising": None, "inpainting": "mask", "deblurring": "blur"}
@@ -54,22 +55,17 @@ class _Step:
     def __init__(self, graph, step):
         if step.coupling.scale != "tanh":
             raise ValueError(f"only the scale rule 'tanh' can be exported, not {step.coupling.scale!r}")
-        net, bound = step.coupling.net, step.coupling.max_log_scale
+        [folded] = fold([step])
 
         def kept(weight, bias):
             weight = weight[:, :, None, None] if weight.ndim == 2 else weight
-            return graph.constant(weight), graph.constant(bias)
+            return graph.constant(weight), graph.constant(bias.flatten())
 
-        self.graph, self.bound = graph, graph.constant(np.float32(bound))
-        self.linear, self.inverse_linear = kept(*step.linear()), kept(*step.inverse_linear())
-        self.convs = []
-        for conv, norm in ((net.conv1, net.actnorm1), (net.conv2, net.actnorm2)):
-            scale = norm.log_scale.exp()
-            self.convs.append(kept(conv.weight * scale[:, None, None, None], (conv.bias + norm.bias) * scale))
-        # Raw scales and shifts alternate: sort them, and divide the former by the bound, as its tanh wants it.
-        scale = (3 * net.log_scale).exp()
-        last = net.conv3.weight * scale[:, None, None, None], net.conv3.bias * scale
-        self.convs.append(kept(*(torch.cat([v[0::2] / bound, v[1::2]]) for v in last)))
+        self.graph, self.bound = graph, graph.constant(np.float32(step.coupling.max_log_scale))
+        self.linear, self.inverse_linear = kept(*folded.linear), kept(*folded.inverse_linear)
+        # Raw scales and shifts alternate: sort them.
+        first, second, last = folded.convs
+        self.convs = [kept(*first), kept(*second), kept(*(torch.cat([v[0::2], v[1::2]]) for v in last))]
 
     def _log_scale_and_shift(self, x_b):
         graph, (first, second, last) = self.graph, self.convs

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flowlib.layers import FlowStep, Split, Squeeze
+from flowlib.layers import FlowStep, Split, Squeeze, fold
 from flowlib.reversible import run_chain
 
 
@@ -61,7 +61,6 @@ class Glow(nn.Module):
                 nn.ModuleList(FlowStep(channels, level_hidden, scale, bound) for _ in range(level_steps))
             )
             channels //= 2
-        self.to(memory_format=torch.channels_last)
 
     def latent_shapes(self, image_size):
         """Shapes (C, H, W) of the latents of an image of size image_size (one number, or (H, W))."""
@@ -87,46 +86,60 @@ class Glow(nn.Module):
             )
         self.latent_shapes(tuple(x.shape[2:]))
 
-    def _run(self, steps, x, inverse=False):
+    def fold(self, **which):
+        """What the steps compute with, from their parameters (layers.fold): pass it to forward and inverse where both are
+        called, so that it is made once. None in the memory modes that do not keep it."""
+        if self.memory != "plain" and torch.is_grad_enabled():
+            return None
+        return [fold(list(level), **which) for level in self.levels]
+
+    def _run(self, level, x, inverse, folded, log_det):
         """A level's steps, or their inverses in reverse, in the chosen memory mode."""
+        steps = self.levels[level]
         if self.memory == "reversible" and torch.is_grad_enabled():
             return run_chain(steps, x, inverse)
-        log_det = x.new_zeros(len(x))
-        for step in reversed(steps) if inverse else steps:
-            run = step.inverse if inverse else step
-            if self.memory == "checkpoint" and torch.is_grad_enabled():
-                x, step_log_det = checkpoint(run, x, use_reentrant=False)
+        total = x.new_zeros(len(x)) if log_det else None
+        for i in reversed(range(len(steps))) if inverse else range(len(steps)):
+            run = steps[i].inverse if inverse else steps[i]
+            if folded is None:
+                x, step_log_det = checkpoint(run, x, None, log_det, use_reentrant=False)
             else:
-                x, step_log_det = run(x)
-            log_det = log_det + step_log_det
-        return x, log_det
+                x, step_log_det = run(x, folded[level][i], log_det)
+            total = total + step_log_det if log_det else None
+        return x, total
 
-    def forward(self, x):
-        """z = f(x): images (B, C, H, W) -> (latents, one tensor a level; log_det (B,) in nats)."""
+    def forward(self, x, folded=None, log_det=True):
+        """z = f(x): images (B, C, H, W) -> (latents, one tensor a level; log_det (B,) in nats).
+
+        folded: what fold() gave, if it serves several calls. Without log_det, it is not computed, and of no use."""
         self._check(x)
-        latents, log_det = [], x.new_zeros(len(x))
-        for i, level in enumerate(self.levels):
+        folded = folded or self.fold(inverse=False, log_det=log_det)
+        latents, total = [], x.new_zeros(len(x))
+        for i in range(len(self.levels)):
             x = self.squeeze(x)
-            x, level_log_det = self._run(level, x)
-            log_det = log_det + level_log_det
+            x, level_log_det = self._run(i, x, False, folded, log_det)
+            total = total + level_log_det if log_det else None
             if i < len(self.levels) - 1:
                 x, latent = self.split(x)
                 latents.append(latent)
-        return (*latents, x), log_det
+        return (*latents, x), total
 
-    def inverse(self, latents):
-        """x = g(z): latents as forward returns them -> (images (B, C, H, W); log_det (B,) of g, in nats)."""
+    def inverse(self, latents, folded=None, log_det=True):
+        """x = g(z): latents as forward returns them -> (images (B, C, H, W); log_det (B,) of g, in nats).
+
+        folded, log_det: as in forward."""
         expected = len(self.levels)
         if len(latents) != expected:
             raise ValueError(f"expected {expected} latents, one for each level, got {len(latents)}")
-        x, log_det = latents[-1], latents[-1].new_zeros(len(latents[-1]))
-        for i, level in reversed(list(enumerate(self.levels))):
+        folded = folded or self.fold(forward=False, log_det=log_det)
+        x, total = latents[-1], latents[-1].new_zeros(len(latents[-1]))
+        for i in reversed(range(expected)):
             if i < expected - 1:
                 x = self.split.inverse(x, latents[i])
-            x, level_log_det = self._run(level, x, inverse=True)
-            log_det = log_det + level_log_det
+            x, level_log_det = self._run(i, x, True, folded, log_det)
+            total = total + level_log_det if log_det else None
             x = self.squeeze.inverse(x)
-        return x, log_det
+        return x, total
 
     def log_prob(self, x):
         """log p(x) = log p(f(x)) + log |det Df(x)|, equation (6): (B,) in nats."""

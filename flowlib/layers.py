@@ -1,6 +1,8 @@
 """The invertible layers of Glow. Each maps x -> (y, log_det) by `forward` and y -> (x, log_det) by `inverse`,
 with log_det[b] = log |det ∂output/∂input| of image b, in nats."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -62,38 +64,33 @@ class ActNorm(nn.Module):
 class InvConv1x1(nn.Module):
     """Invertible 1x1 convolution y = W x at every pixel; W (C, C) starts as a random rotation.
 
-    The inverse and log |det W| are computed in float64, then cast, and kept for as long as W does not change. A change is
-    seen by W's version counter, which only writes through W.data escape: use torch.no_grad() and copy_ instead."""
+    The inverse and log |det W| are computed in float64, then cast; nothing is kept, so nothing can go stale."""
 
     def __init__(self, channels):
         super().__init__()
-        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0])
-        self._kept = {}
-
-    def _cached(self, name, compute):
-        """compute(W in float64), from the cache where no gradient is asked for."""
-        weight = self.weight
-        if (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():
-            return compute(weight.double()).to(weight.dtype)
-        state = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
-        if self._kept.get(name, (None,))[0] != state:
-            with torch.no_grad():
-                # With an alias of W, so that no other tensor can come to lie at its address.
-                self._kept[name] = state, compute(weight.double()).to(weight.dtype), weight.detach()
-        return self._kept[name][1]
-
-    def inverse_weight(self):
-        return self._cached("inverse", lambda weight: torch.linalg.inv_ex(weight).inverse)  # inv would wait for a GPU
-
-    def log_abs_det(self):
-        return self._cached("log_abs_det", lambda weight: torch.linalg.slogdet(weight).logabsdet)
+        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0].contiguous())
 
     def forward(self, x):
-        return F.conv2d(x, self.weight[:, :, None, None]), self.log_abs_det() * x[0, 0].numel() * x.new_ones(len(x))
+        y = pixelwise(x, self.weight, x.new_zeros(len(self.weight), 1))
+        return y, log_abs_det(self.weight) * x[0, 0].numel() * x.new_ones(len(x))
 
     def inverse(self, y):
-        x = F.conv2d(y, self.inverse_weight()[:, :, None, None])
-        return x, -self.log_abs_det() * y[0, 0].numel() * y.new_ones(len(y))
+        x = pixelwise(y, inverse_matrix(self.weight), y.new_zeros(len(self.weight), 1))
+        return x, -log_abs_det(self.weight) * y[0, 0].numel() * y.new_ones(len(y))
+
+
+def inverse_matrix(weight):
+    return torch.linalg.inv_ex(weight.double()).inverse.to(weight.dtype)  # inv would wait for a GPU
+
+
+def log_abs_det(weight):
+    return torch.linalg.slogdet(weight.double()).logabsdet.to(weight.dtype)
+
+
+def pixelwise(x, weight, bias):
+    """weight (C, C) x + bias (C, 1) at every pixel, (B, C, H, W) twice: a 1x1 convolution as a matrix product, which is faster
+    with few channels."""
+    return torch.baddbmm(bias, weight.expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 class CouplingNet(nn.Module):
@@ -101,7 +98,7 @@ class CouplingNet(nn.Module):
 
     (B, in, H, W) -> (B, out, H, W). The ActNorms are folded into their convolutions, so a forward is three
     convolutions; the last is multiplied by exp(3 log_scale) and starts at zero, which makes a fresh flow linear.
-    `compute_dtype` (None: that of the input) may be torch.bfloat16: weights stay as they are and are cast here."""
+    `compute_dtype` (None: that of the weights) may be torch.bfloat16: weights stay as they are and are cast here."""
 
     def __init__(self, in_channels, hidden_channels, out_channels):
         super().__init__()
@@ -125,26 +122,60 @@ class CouplingNet(nn.Module):
         self.actnorm2.initialize(h)
 
     def forward(self, x):
-        dtype = self.compute_dtype or x.dtype
-        h = x.to(dtype, memory_format=torch.channels_last)
-        h = _conv(h, self.conv1, self.actnorm1.log_scale.exp(), self.actnorm1.bias, relu=True)
-        h = _conv(h, self.conv2, self.actnorm2.log_scale.exp(), self.actnorm2.bias, relu=True)
-        return _conv(h, self.conv3, (3 * self.log_scale).exp(), 0).to(x.dtype)
+        return convolve(x, fold_nets([self])[0])
 
 
-def _conv(h, conv, scale, shift, relu=False):
-    """scale * (conv(h) + shift), folded into one convolution, then perhaps a ReLU."""
-    weight = (conv.weight * scale[:, None, None, None]).to(h.dtype)
-    bias = ((conv.bias + shift) * scale).to(h.dtype)
-    fused = (
-        h.device.type == "cpu" and h.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-    )
-    if relu and fused and not torch.is_grad_enabled():
+def fold_nets(nets, divisor=None):
+    """For each of these CouplingNets of one shape, (weight, bias) of its three convolutions with the ActNorms and the last
+    one's scale folded in, as they are computed with. divisor (out,): what the outputs are to be divided by.
+
+    What is small is folded for all nets at once: with few channels, the number of operations is what costs."""
+    dtype = nets[0].compute_dtype or nets[0].log_scale.dtype
+    folded = []
+    for i in (1, 2, 3):
+        convs = [getattr(net, f"conv{i}") for net in nets]
+        bias = torch.stack([conv.bias for conv in convs])
+        if i < 3:
+            norms = [getattr(net, f"actnorm{i}") for net in nets]
+            scale = torch.stack([norm.log_scale for norm in norms]).exp()
+            bias = bias + torch.stack([norm.bias for norm in norms])
+        else:
+            scale = (3 * torch.stack([net.log_scale for net in nets])).exp()
+            scale = scale if divisor is None else scale / divisor
+        weights = [(conv.weight * s[:, None, None, None]).to(dtype, memory_format=torch.channels_last) for conv, s in zip(convs, scale)]
+        folded.append(zip(weights, (bias * scale).to(dtype).unbind()))
+    return list(zip(*folded))
+
+
+def convolve(x, convs):
+    """What a CouplingNet computes, from its folded convolutions."""
+    (weight1, bias1), (weight2, bias2), (weight3, bias3) = convs
+    h = x.to(weight1.dtype, memory_format=torch.channels_last)
+    h = _conv_relu(h, weight1, bias1, padding=1)
+    h = _conv_relu(h, weight2, bias2, padding=0)
+    h = F.conv2d(h, weight3, bias3, padding=1)
+    return h.to(x.dtype, memory_format=torch.contiguous_format)  # affine maps are faster channel by channel
+
+
+def _conv_relu(h, weight, bias, padding):
+    if _fused_relu_serves(h):
         # The ReLU is done while the result is still in the cache: a quarter of the time in bfloat16.
-        rest = (conv.padding, conv.stride, conv.dilation, 1, "relu", [], "")
+        rest = ([padding] * 2, [1, 1], [1, 1], 1, "relu", [], "")
         return torch.ops.mkldnn._convolution_pointwise(h, weight, bias, *rest)
-    h = F.conv2d(h, weight, bias, padding=conv.padding)
-    return h.relu_() if relu else h
+    return F.conv2d(h, weight, bias, padding=padding).relu_()
+
+
+def _fused_relu_serves(h):
+    """Whether PyTorch's private fused operation is there and may be used: it has no derivative and no batching rule."""
+    return (
+        not torch.is_grad_enabled()
+        and h.device.type == "cpu"
+        and h.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad.unpack_dual(h).tangent is None
+    )
 
 
 SCALE_RULES = ("tanh", "sigmoid", "exp")
@@ -162,29 +193,66 @@ class AffineCoupling(nn.Module):
             raise ValueError(f"unknown scale rule {scale!r}; choose one of {', '.join(SCALE_RULES)}")
         self.scale, self.max_log_scale = scale, max_log_scale
         self.net = CouplingNet(channels // 2, hidden_channels, channels)
+        # tanh wants its argument divided by the bound: every other output of the net.
+        divisor = torch.tensor([max_log_scale, 1.0]).repeat(channels // 2) if scale == "tanh" else None
+        self.register_buffer("divisor", divisor, persistent=False)
 
-    def log_scale_and_shift(self, x_b):
-        """(log s, t), each (B, C/2, H, W), of the half that passes unchanged."""
-        raw, t = self.net(x_b).unflatten(1, (-1, 2)).unbind(2)
+    def log_scale_and_shift(self, x_b, convs=None):
+        """(log s, t), each (B, C/2, H, W), of the half that passes unchanged. convs: the net's, folded (fold_nets)."""
+        convs = convs or fold_nets([self.net], self.divisor)[0]
+        raw, t = convolve(x_b, convs).unflatten(1, (-1, 2)).unbind(2)
         if self.scale == "tanh":
-            return self.max_log_scale * torch.tanh(raw / self.max_log_scale), t
+            return self.max_log_scale * raw.tanh(), t
         return (F.logsigmoid(raw + 2) if self.scale == "sigmoid" else raw), t
 
-    def forward(self, x):
+    def forward(self, x, convs=None, log_det=True):
         x_a, x_b = x.chunk(2, dim=1)
-        log_s, t = self.log_scale_and_shift(x_b)
-        return torch.cat([x_a * log_s.exp() + t, x_b], dim=1), log_s.sum(dim=(1, 2, 3))
+        log_s, t = self.log_scale_and_shift(x_b, convs)
+        y = torch.cat([x_a * log_s.exp() + t, x_b], dim=1)
+        return y, log_s.sum(dim=(1, 2, 3)) if log_det else None
 
-    def inverse(self, y):
+    def inverse(self, y, convs=None, log_det=True):
         y_a, y_b = y.chunk(2, dim=1)
-        log_s, t = self.log_scale_and_shift(y_b)
-        return torch.cat([(y_a - t) * (-log_s).exp(), y_b], dim=1), -log_s.sum(dim=(1, 2, 3))
+        log_s, t = self.log_scale_and_shift(y_b, convs)
+        x = torch.cat([(y_a - t) * (-log_s).exp(), y_b], dim=1)
+        return x, -log_s.sum(dim=(1, 2, 3)) if log_det else None
+
+
+class Folded(NamedTuple):
+    """A FlowStep as it is computed with: the ActNorm and the 1x1 convolution as one affine map of the channels, `linear`, its
+    inverse and its log_det a pixel (each None where it is not asked for), and the coupling net's convolutions."""
+
+    linear: tuple | None
+    inverse_linear: tuple | None
+    log_det: torch.Tensor | None
+    convs: tuple
+
+
+def fold(steps, forward=True, inverse=True, log_det=True):
+    """[Folded] of a chain of FlowSteps of one shape. Nothing is kept from one call to the next, so nothing goes stale: who
+    runs a chain several times with the same weights folds once and passes it on."""
+    log_scale = torch.stack([step.actnorm.log_scale for step in steps])
+    bias = torch.stack([step.actnorm.bias for step in steps])
+    weight = torch.stack([step.invconv.weight for step in steps])
+    absent = [None] * len(steps)
+    linear, inverse_linear, log_dets = absent, absent, absent
+    if forward:
+        scaled = weight * log_scale.exp()[:, None, :]
+        linear = zip(scaled.unbind(), (scaled @ bias[:, :, None]).unbind())
+    if inverse:
+        scaled = inverse_matrix(weight) * (-log_scale).exp()[:, :, None]
+        inverse_linear = zip(scaled.unbind(), (-bias[:, :, None]).unbind())
+    if log_det:
+        log_dets = (log_scale.sum(1) + log_abs_det(weight)).unbind()
+    convs = fold_nets([step.coupling.net for step in steps], steps[0].coupling.divisor)
+    return list(map(Folded, linear, inverse_linear, log_dets, convs))
 
 
 class FlowStep(nn.Module):
     """One step of Glow: ActNorm, invertible 1x1 convolution, affine coupling; (B, C, H, W) -> (B, C, H, W).
 
-    The first two are applied as one 1x1 convolution."""
+    The first two are applied as one. folded: what fold() made of this step, where it serves several calls; without log_det,
+    None stands for it: solvers do not need it."""
 
     def __init__(self, channels, hidden_channels, scale="tanh", max_log_scale=1.0):
         super().__init__()
@@ -198,25 +266,13 @@ class FlowStep(nn.Module):
         self.coupling.net.initialize(h.chunk(2, dim=1)[1])
         return self.coupling(h)[0]
 
-    def linear(self):
-        """ActNorm and 1x1 convolution as one: (weight (C, C), bias (C,))."""
-        weight = self.invconv.weight * self.actnorm.log_scale.exp()
-        return weight, weight @ self.actnorm.bias
+    def forward(self, x, folded=None, log_det=True):
+        folded = folded or fold([self], inverse=False, log_det=log_det)[0]
+        y, coupling_log_det = self.coupling(pixelwise(x, *folded.linear), folded.convs, log_det)
+        return y, coupling_log_det + folded.log_det * x[0, 0].numel() if log_det else None
 
-    def inverse_linear(self):
-        """Their inverse, likewise."""
-        return self.invconv.inverse_weight() * (-self.actnorm.log_scale).exp()[:, None], -self.actnorm.bias
-
-    def linear_log_det(self, x):
-        """Their log_det, the same for all images of x's size."""
-        return (self.actnorm.log_scale.sum() + self.invconv.log_abs_det()) * x[0, 0].numel()
-
-    def forward(self, x):
-        weight, bias = self.linear()
-        y, log_det = self.coupling(F.conv2d(x, weight[:, :, None, None], bias))
-        return y, log_det + self.linear_log_det(x)
-
-    def inverse(self, y):
-        h, log_det = self.coupling.inverse(y)
-        weight, bias = self.inverse_linear()
-        return F.conv2d(h, weight[:, :, None, None], bias), log_det - self.linear_log_det(y)
+    def inverse(self, y, folded=None, log_det=True):
+        folded = folded or fold([self], forward=False, log_det=log_det)[0]
+        h, coupling_log_det = self.coupling.inverse(y, folded.convs, log_det)
+        x = pixelwise(h, *folded.inverse_linear)
+        return x, coupling_log_det - folded.log_det * y[0, 0].numel() if log_det else None

@@ -24,8 +24,9 @@ class GlowProx(nn.Module):
         return cls(Glow(**config))
 
     def forward(self, x, shrinkage):
-        latents, _ = self.glow(x)
-        return self.glow.inverse([z / (1 + shrinkage) for z in latents])[0]
+        folded = self.glow.fold(log_det=False)
+        latents, _ = self.glow(x, folded, log_det=False)
+        return self.glow.inverse([z / (1 + shrinkage) for z in latents], folded, log_det=False)[0]
 
 
 class _ImageNet(nn.Module):

@@ -4,7 +4,8 @@ Only the chain's output is kept. Going back, each step's input is recomputed fro
 is all the work, is evaluated once for both the recomputation and its gradient (Putzky & Welling 2019)."""
 
 import torch
-import torch.nn.functional as F
+
+from flowlib.layers import fold, pixelwise
 
 
 class _ReversibleChain(torch.autograd.Function):
@@ -18,18 +19,21 @@ class _ReversibleChain(torch.autograd.Function):
         for step in reversed(steps) if inverse else steps:
             x, step_log_det = step.inverse(x) if inverse else step(x)
             log_det = log_det + step_log_det
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, *parameters)  # these too, so that a change in place before the backward pass is seen
         return x, log_det
 
     @staticmethod
     def backward(ctx, grad, grad_log_det):
-        (output,) = ctx.saved_tensors
-        back = _back_through_inverse if ctx.inverse else _back_through_forward
-        gradients = [None] * len(ctx.steps)
-        order = range(len(ctx.steps)) if ctx.inverse else reversed(range(len(ctx.steps)))
-        for i in order:
-            output, grad, gradients[i] = back(ctx.steps[i], output, grad, grad_log_det)
-        return grad, None, None, *[g for step in gradients for g in step]
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the memory mode 'reversible' has no second derivatives: use set_memory(model, 'plain') or 'checkpoint'"
+            )
+        output, *parameters = ctx.saved_tensors
+        gradients = {}
+        for step in ctx.steps if ctx.inverse else reversed(ctx.steps):
+            back = _back_through_inverse if ctx.inverse else _back_through_forward
+            output, grad = back(step, output, grad, grad_log_det, gradients)
+        return grad, None, None, *[gradients.get(p) for p in parameters]
 
 
 def run_chain(steps, x, inverse=False):
@@ -38,68 +42,67 @@ def run_chain(steps, x, inverse=False):
     return _ReversibleChain.apply(x, steps, inverse, *[p for step in steps for p in step.parameters()])
 
 
-def _back_through_forward(step, y, grad_y, grad_log_det):
-    """The input x of y = step(x), the gradient with respect to it, and those of the step's parameters."""
+def _back_through_forward(step, y, grad_y, grad_log_det, gradients):
+    """The input x of y = step(x) and the gradient with respect to it; those of the step's parameters go into gradients."""
     y_a, y_b = y.chunk(2, dim=1)
     grad_a, grad_b = grad_y.chunk(2, dim=1)
-    net = list(step.coupling.net.parameters())
     with torch.enable_grad():
+        [folded] = fold([step])
         y_b = y_b.detach().requires_grad_()
-        log_s, t = step.coupling.log_scale_and_shift(y_b)
-    s, detached_t = log_s.detach().exp(), t.detach()
-    h_a = (y_a - detached_t) / s
+        log_s, t = step.coupling.log_scale_and_shift(y_b, folded.convs)
+    s = log_s.detach().exp()
+    h_a = (y_a - t.detach()) / s
     grad_ha = grad_a * s
-    through, *net_grads = torch.autograd.grad(
-        (log_s, t), [y_b, *net], (grad_ha * h_a + grad_log_det[:, None, None, None], grad_a)
-    )
+    grad_log_s = grad_ha * h_a + grad_log_det[:, None, None, None]
+    through = _add_gradients(gradients, step.coupling, (log_s, t), (grad_log_s, grad_a), y_b)
     h, grad_h = torch.cat([h_a, y_b.detach()], dim=1), torch.cat([grad_ha, grad_b + through], dim=1)
 
-    linear = [step.actnorm.bias, step.actnorm.log_scale, step.invconv.weight]
+    x = pixelwise(h, *(v.detach() for v in folded.inverse_linear))
+    grads = _outer(grad_h, x), grad_h.sum(dim=(0, 2, 3))[:, None], grad_log_det.sum() * y[0, 0].numel()
+    _add_gradients(gradients, step, (*folded.linear, folded.log_det), grads)
+    return x, _transposed(folded.linear[0], grad_h)
+
+
+def _back_through_inverse(step, x, grad_x, grad_log_det, gradients):
+    """The input y of x = step.inverse(y) and the gradient with respect to it; those of the parameters go into gradients."""
     with torch.enable_grad():
-        weight, bias = step.linear()
-        log_det = step.linear_log_det(y)
-    inverse_weight, inverse_bias = step.inverse_linear()
-    x = F.conv2d(h, inverse_weight[:, :, None, None], inverse_bias)
-    grad_x = F.conv2d(grad_h, weight.detach().T[:, :, None, None])
-    linear_grads = torch.autograd.grad(
-        (weight, bias, log_det), linear, (_outer(grad_h, x), grad_h.sum(dim=(0, 2, 3)), grad_log_det.sum())
-    )
-    return x, grad_x, _in_order(step, linear + net, [*linear_grads, *net_grads])
-
-
-def _back_through_inverse(step, x, grad_x, grad_log_det):
-    """The input y of x = step.inverse(y), the gradient with respect to it, and those of the step's parameters."""
-    weight, bias = step.linear()
-    h_a, h_b = F.conv2d(x, weight[:, :, None, None], bias).chunk(2, dim=1)
-    linear = [step.actnorm.bias, step.actnorm.log_scale, step.invconv.weight]
-    net = list(step.coupling.net.parameters())
+        [folded] = fold([step])
+    h_a, h_b = pixelwise(x, *(v.detach() for v in folded.linear)).chunk(2, dim=1)
     with torch.enable_grad():
         h_b = h_b.detach().requires_grad_()
-        log_s, t = step.coupling.log_scale_and_shift(h_b)
-        inverse_weight, inverse_bias = step.inverse_linear()
-        log_det = step.linear_log_det(x)
+        log_s, t = step.coupling.log_scale_and_shift(h_b, folded.convs)
     s = log_s.detach().exp()
     h = torch.cat([h_a, h_b.detach()], dim=1)
-    grad_h = F.conv2d(grad_x, inverse_weight.detach().T[:, :, None, None])
-    linear_grads = torch.autograd.grad(
-        (inverse_weight, inverse_bias, log_det),
-        linear,
-        (_outer(grad_x, h), grad_x.sum(dim=(0, 2, 3)), -grad_log_det.sum()),
-    )
-    grad_ha, grad_hb = grad_h.chunk(2, dim=1)
+    grads = _outer(grad_x, h), grad_x.sum(dim=(0, 2, 3))[:, None], -grad_log_det.sum() * x[0, 0].numel()
+    _add_gradients(gradients, step, (*folded.inverse_linear, folded.log_det), grads)
+    grad_ha, grad_hb = _transposed(folded.inverse_linear[0], grad_x).chunk(2, dim=1)
     grad_a = grad_ha / s
-    through, *net_grads = torch.autograd.grad(
-        (log_s, t), [h_b, *net], (-grad_ha * h_a - grad_log_det[:, None, None, None], -grad_a)
-    )
+    grad_log_s = -grad_ha * h_a - grad_log_det[:, None, None, None]
+    through = _add_gradients(gradients, step.coupling, (log_s, t), (grad_log_s, -grad_a), h_b)
     y = torch.cat([h_a * s + t.detach(), h_b.detach()], dim=1)
-    return y, torch.cat([grad_a, grad_hb + through], dim=1), _in_order(step, linear + net, [*linear_grads, *net_grads])
+    return y, torch.cat([grad_a, grad_hb + through], dim=1)
+
+
+def _add_gradients(gradients, module, outputs, grads, x=None):
+    """Adds to gradients those of the module's trained parameters; returns that of x. Outputs without a graph are of frozen
+    parameters alone."""
+    inputs = [p for p in module.parameters() if p.requires_grad] + ([] if x is None else [x])
+    wanted = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]
+    if not wanted:
+        return None
+    outputs, grads = zip(*wanted)
+    found = torch.autograd.grad(outputs, inputs, grads, retain_graph=True, allow_unused=True)
+    for parameter, grad in zip(inputs, found):
+        if parameter is not x and grad is not None:
+            gradients[parameter] = gradients[parameter] + grad if parameter in gradients else grad
+    return found[-1]
+
+
+def _transposed(weight, grad):
+    """The gradient of a matrix product's input."""
+    return pixelwise(grad, weight.detach().T, grad.new_zeros(len(weight), 1))
 
 
 def _outer(grad, x):
-    """The gradient of a 1x1 convolution's matrix: sum over batch and pixels of grad x^T."""
+    """The gradient of its matrix: sum over batch and pixels of grad x^T."""
     return torch.einsum("bohw,bihw->oi", grad, x)
-
-
-def _in_order(step, parameters, gradients):
-    by_parameter = dict(zip(map(id, parameters), gradients))
-    return [by_parameter[id(p)] for p in step.parameters()]

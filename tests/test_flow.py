@@ -1,9 +1,11 @@
 """The flow and its layers: round trips, log-determinants against the autograd Jacobian, initialisation, clear errors."""
 
+import copy
+
 import pytest
 import torch
 
-from flowlib import Glow, set_compute_dtype
+from flowlib import Glow, set_compute_dtype, set_memory
 from flowlib.layers import ActNorm, AffineCoupling, FlowStep, InvConv1x1, Split, Squeeze
 
 
@@ -151,34 +153,80 @@ def test_tanh_couplings_stay_well_conditioned(max_log_scale):
     assert (coupling.inverse(y)[0] - x).abs().max() < 1e-6 * y.abs().max()
 
 
+def trained(glow, make_optimizer):
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.5
+    optimizer = make_optimizer(glow.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        glow.bits_per_dim(x).mean().backward()
+        optimizer.step()
+
+
+def averaged(glow):
+    for p in glow.parameters():
+        p.data.mul_(0.9).add_(0.1 * torch.ones_like(p))
+
+
 CHANGES = {
-    "optimizer": lambda conv: torch.optim.SGD([conv.weight], lr=1.0).step(),
-    "copy": lambda conv: conv.weight.copy_(conv.weight + torch.eye(4)),
-    "load": lambda conv: conv.load_state_dict({"weight": conv.weight + torch.eye(4)}),
-    "float64": lambda conv: conv.double(),
-    "replaced twice": lambda conv: [
-        setattr(conv, "weight", torch.nn.Parameter(conv.weight + torch.eye(4))) for _ in "12"
-    ],
-    "replaced": lambda conv: setattr(conv, "weight", torch.nn.Parameter(conv.weight + torch.eye(4))),
+    "fused": lambda glow: trained(glow, lambda p: torch.optim.AdamW(p, lr=0.02, fused=True)),
+    "foreach": lambda glow: trained(glow, lambda p: torch.optim.SGD(p, lr=0.02, foreach=True)),
+    "data": averaged,
+    "orthogonal": lambda glow: torch.nn.init.orthogonal_(glow.levels[0][0].invconv.weight.data),
+    "load": lambda glow: glow.load_state_dict({k: v + 0.01 for k, v in glow.state_dict().items()}),
+    "replaced": lambda glow: setattr(glow.levels[0][0].invconv, "weight", torch.nn.Parameter(torch.eye(12) * 1.1)),
 }
 
 
+@pytest.mark.parametrize("mode", ["plain", "reversible"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_kept_inverse_follows_the_weights(change):
-    torch.manual_seed(0)
-    conv = InvConv1x1(4)
-    x = torch.randn(1, 4, 2, 2)
-    conv(x)[1].sum().backward()
+def test_nothing_goes_stale(change, mode):
+    """After any change of weights, by whatever means, a flow and its deep copy agree: values, inverse and gradients."""
+    glow = small_glow(torch.float32)
+    set_memory(glow, mode)
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)) - 0.5
     with torch.no_grad():
-        assert conv.inverse_weight() is conv.inverse_weight()  # kept
-        before = conv.inverse_weight(), conv.log_abs_det()
-        change(conv)
-        weight = conv.weight.double()
-        torch.testing.assert_close(conv.inverse_weight(), torch.linalg.inv(weight).to(conv.weight.dtype))
-        torch.testing.assert_close(conv.log_abs_det(), weight.det().abs().log().to(conv.weight.dtype))
-        assert not torch.equal(conv.inverse_weight(), before[0])
-    # Asked for a gradient, it is not the kept one.
-    assert conv.inverse_weight().requires_grad and conv.log_abs_det().requires_grad
+        before = glow.bits_per_dim(x)
+        glow.inverse(glow(x)[0])
+    change(glow)
+    twin = copy.deepcopy(glow)
+    with torch.no_grad():
+        assert not torch.equal(glow.bits_per_dim(x), before)
+        assert torch.equal(glow.bits_per_dim(x), twin.bits_per_dim(x))
+        assert (glow.inverse(glow(x)[0])[0] - x).abs().max() < 1e-4
+    for flow in (glow, twin):
+        flow.zero_grad()
+        flow.bits_per_dim(x).mean().backward()
+    for ours, theirs in zip(glow.parameters(), twin.parameters()):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+@torch.no_grad()
+def test_forward_mode_agrees_with_and_without_gradients():
+    glow = small_glow()
+    x, t = torch.rand(2, 2, 3, 8, 8, dtype=torch.float64) - 0.5
+    without = torch.func.jvp(lambda v: glow(v)[0][-1], (x,), (t,))[1]
+    with torch.enable_grad():
+        torch.testing.assert_close(torch.func.jvp(lambda v: glow(v)[0][-1], (x,), (t,))[1], without)
+
+
+def test_folding_once_gives_the_same():
+    glow = small_glow()
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64) - 0.5
+    folded = glow.fold()
+    latents, log_det = glow(x, folded)
+    assert all(torch.equal(a, b) for a, b in zip(latents, glow(x)[0])) and torch.equal(log_det, glow(x)[1])
+    assert torch.equal(glow.inverse(latents, folded)[0], glow.inverse(latents)[0])
+    images, nothing = glow.inverse(glow(x, folded, log_det=False)[0], folded, log_det=False)
+    assert nothing is None and torch.equal(images, glow.inverse(latents)[0])
+
+
+def test_steps_and_channels_of_each_level():
+    glow = Glow(num_levels=2, num_steps=(1, 3), hidden_channels=(4, 8))
+    assert [len(level) for level in glow.levels] == [1, 3]
+    assert [level[0].coupling.net.conv1.out_channels for level in glow.levels] == [4, 8]
+    assert [level[0].coupling.max_log_scale for level in glow.levels] == [2, 2 / 3]
+    with pytest.raises(ValueError, match="one number for each level"):
+        Glow(num_levels=3, hidden_channels=(4, 8))
 
 
 def test_meta_device_gives_shapes_without_memory():

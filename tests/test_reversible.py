@@ -81,6 +81,49 @@ def test_hooks_on_parameters_fire_once():
     assert sorted(fired) == sorted(name for name, _ in glow.named_parameters())
 
 
+def test_frozen_flows():
+    """Plug-and-play: only some parameters are trained, or none and only the input's gradient is asked for."""
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64) - 0.5
+    for trained in ([], ["levels.1.0.coupling.net.conv2.weight"], ["levels.0.1.invconv.weight"]):
+        glow = small_glow().requires_grad_(False)
+        for name in trained:
+            glow.get_parameter(name).requires_grad_()
+
+        def found(mode, glow=glow, trained=trained):
+            set_memory(glow, mode)
+            glow.zero_grad()
+            t = x.clone().requires_grad_()
+            LOSSES["both"](glow, t).backward()
+            return [t.grad, *[glow.get_parameter(name).grad.clone() for name in trained]]
+
+        for expected, ours in zip(found("plain"), found("reversible")):
+            torch.testing.assert_close(ours, expected)
+
+
+def test_second_derivatives_are_refused():
+    glow = small_glow()
+    x = (torch.rand(2, 3, 8, 8, dtype=torch.float64) - 0.5).requires_grad_()
+
+    def penalty(mode):
+        set_memory(glow, mode)
+        score = torch.autograd.grad(glow.log_prob(x).sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(score.square().mean(), x)[0]
+
+    torch.testing.assert_close(penalty("checkpoint"), penalty("plain"))
+    with pytest.raises(RuntimeError, match="no second derivatives: use set_memory"):
+        penalty("reversible")
+
+
+def test_weights_changed_before_the_backward_pass_are_noticed():
+    glow = small_glow()
+    set_memory(glow, "reversible")
+    loss = glow.bits_per_dim(torch.rand(2, 3, 8, 8, dtype=torch.float64)).mean()
+    with torch.no_grad():
+        glow.levels[0][0].invconv.weight.mul_(1.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_unknown_mode_is_named():
     with pytest.raises(ValueError, match="choose one of plain, reversible, checkpoint"):
         set_memory(small_glow(), "fast")
