@@ -91,7 +91,8 @@ FOREIGN_IMAGES = {"celeba": "anime", "synthetic": "synthetic-ood"}
 @dataclass(frozen=True)
 class Training:
     """Settings of one training. lr: of the networks; scalar_lr: of μ and λ; the rate rises over warmup_steps and, with
-    cosine, falls to zero at num_steps; patience: validations without improvement before it stops. shrinkage: where λ starts.
+    cosine, falls to zero at num_steps; patience: validations without improvement before it stops;
+    max_restarts: how often a run that fell apart goes on from its best weights at half the rate. shrinkage: where λ starts.
     mirror: half of the training images, at random, are mirrored left to right (both editions are silent on it)."""
 
     num_steps: int
@@ -107,6 +108,7 @@ class Training:
     val_images: int = 200
     mirror: bool = False
     patience: int = 10
+    max_restarts: int = 3
     bf16: bool = True
     checkpoint_minutes: float = 5
 
@@ -173,13 +175,11 @@ PROFILES = {
         noisy_pretraining=Training(num_steps=2500, batch_size=32, lr=5e-4, validate_every=250, mirror=True),
         unfolding={
             "glow": Training(
-                num_steps=250, batch_size=8, lr=2e-4, clip_norm=0.1, warmup_steps=20, validate_every=50, val_images=100
+                num_steps=2500, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=125, mirror=True
             ),
-            "glow-frozen": Training(
-                num_steps=60, batch_size=8, lr=0.0, warmup_steps=10, validate_every=20, val_images=100
-            ),
-            "unet": Training(num_steps=1500, batch_size=8, lr=1e-3, validate_every=300),
-            "resnet": Training(num_steps=800, batch_size=8, lr=1e-3, validate_every=160),
+            "glow-frozen": Training(num_steps=100, batch_size=8, lr=0.0, warmup_steps=10, validate_every=20, mirror=True),
+            "unet": Training(num_steps=6000, batch_size=8, lr=1e-3, validate_every=300, mirror=True),
+            "resnet": Training(num_steps=6000, batch_size=8, lr=1e-3, validate_every=300, mirror=True),
         },
     ),
     "paper": Profile(

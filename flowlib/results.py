@@ -44,6 +44,7 @@ def _record(experiment, directory, name, **content):
         data=data_of(experiment),
     )
     write_json(directory / "record.json", record)
+    (directory / "resume.safetensors").unlink(missing_ok=True)  # not before: whoever is killed need not train again
 
 
 @torch.no_grad()

@@ -37,37 +37,46 @@ def batch_indices(step, batch_size, num_images, seed):
     return order[position * batch_size : (position + 1) * batch_size].numpy()
 
 
-def learning_rate_factor(step, config):
-    """Linear warm-up, then constant or half a cosine down to zero."""
-    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    return warmup * (0.5 * (1 + math.cos(math.pi * step / config.num_steps)) if config.cosine else 1.0)
+def learning_rate_factor(step, config, restarts=()):
+    """Linear warm-up, then constant or half a cosine down to zero; each restart halves it, and warms up again."""
+    start = restarts[-1]["step"] if restarts else 0
+    warmup = min(1.0, (step - start + 1) / max(1, config.warmup_steps))
+    return warmup * 0.5 ** len(restarts) * (0.5 * (1 + math.cos(math.pi * step / config.num_steps)) if config.cosine else 1.0)
 
 
 def fit(model, groups, batch_loss, validation_loss, config, num_images, seed, directory, explain=None):
     """Trains model in place, by Adam, to the weights that were best on validation; returns a summary of the run.
 
     groups: optimizer parameter groups with their own lr. batch_loss(indices, step) -> scalar tensor;
-    validation_loss() -> float. Writes directory/log.csv and, while it runs, directory/resume.safetensors every
-    config.checkpoint_minutes; where that file lies, training goes on from it, and ValueError is raised if it belongs
-    to other settings. Diverged (a FloatingPointError), with explain(indices, step) as the reason, where a loss or gradient is
-    not finite."""
+    validation_loss() -> float. Writes directory/log.csv and, every config.checkpoint_minutes and at the end,
+    directory/resume.safetensors; where that file lies, training goes on from it, and ValueError is raised if it belongs
+    to other settings. A run whose loss or gradient is not finite, or whose validation loss is more than three times its best,
+    goes on from its best weights at half the rate, at most config.max_restarts times; then Diverged (a FloatingPointError) is
+    raised, with explain(indices, step) as the reason."""
     if num_images < config.batch_size:
         raise ValueError(
             f"{num_images} training images are fewer than one batch of {config.batch_size}: use more images"
         )
     set_compute_dtype(model, torch.bfloat16 if config.bf16 else None)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = dict(step=0, best_loss=math.inf, best_step=0, seconds=0.0, history=[])
+    parameters = [p for group in groups for p in group["params"]]
+    base_rates = [group["lr"] for group in groups]
+
+    def new_optimizer():
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True)
+
+    optimizer = new_optimizer()
+    state = dict(step=0, best_loss=math.inf, best_step=0, seconds=0.0, cpu_seconds=0.0, history=[])
+    state |= dict(restarts=[], stopped_early=False)
     fingerprint = {"training": asdict(config), "seed": seed, "num_images": num_images}
     best = {k: v.detach().clone() for k, v in model.state_dict().items()}
     resume = directory / "resume.safetensors"
 
-    if resume.exists():
-        tensors, header = load_tensors(resume)
-        if header["fingerprint"] != fingerprint:
+    tensors, header = load_tensors(resume) if resume.exists() else ({}, None)
+    if header and header["fingerprint"] != fingerprint:
+        if not header["finished"]:
             raise ValueError(f"{resume} belongs to a run with other settings: delete it, or choose another directory")
+        header = None  # nothing is lost by starting anew
+    if header:
         state = header["state"]
         load_state(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, resume)
         best = {k[5:]: v for k, v in tensors.items() if k.startswith("best.")}
@@ -84,29 +93,39 @@ def fit(model, groups, batch_loss, validation_loss, config, num_images, seed, di
         tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"best.{k}": v for k, v in best.items()}
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-        save_tensors(resume, tensors, {"fingerprint": fingerprint, "state": state})
+        finished = state["step"] == config.num_steps or state["stopped_early"]
+        save_tensors(resume, tensors, {"fingerprint": fingerprint, "state": state, "finished": finished})
 
-    last_saved = last_tick = time.monotonic()
-    stopped_early = False
+    def restart(reason):
+        """Back to the best weights, with half the rate and a warm-up; or Diverged."""
+        if len(state["restarts"]) == config.max_restarts:
+            raise Diverged(
+                f"step {state['step']}: {reason}. Lower the learning rate, or start from a flow with the 'tanh' scale rule",
+                summarize(config, state),
+            )
+        state["restarts"].append({"step": state["step"], "reason": reason})
+        model.load_state_dict(best)
+        return new_optimizer()
+
+    last_saved, last_tick, last_cpu = time.monotonic(), time.monotonic(), time.process_time()
     progress = tqdm(total=config.num_steps, initial=state["step"], desc=directory.name, mininterval=2)
-    while state["step"] < config.num_steps and not stopped_early:
+    while state["step"] < config.num_steps and not state["stopped_early"]:
         step = state["step"]
         indices = batch_indices(step, config.batch_size, num_images, seed)
         for group, rate in zip(optimizer.param_groups, base_rates):
-            group["lr"] = rate * learning_rate_factor(step, config)
+            group["lr"] = rate * learning_rate_factor(step, config, state["restarts"])
         model.train()
         optimizer.zero_grad()
         loss = batch_loss(indices, step)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            reason = explain(indices, step) if explain else None
-            raise Diverged(
-                f"step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; first not finite: "
-                f"{reason or 'the gradient'}. Lower the learning rate, or start from a flow with the 'tanh' scale rule",
-                summarize(config, state),
-            )
-        optimizer.step()
+        finite = math.isfinite(loss.item()) and math.isfinite(norm.item())
+        if finite:
+            optimizer.step()
+        else:
+            where = explain(indices, step) if explain else None
+            found = f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}"
+            optimizer = restart(f"{found}; first not finite: {where or 'the gradient'}")
         state["step"] = step + 1
         row = None
         if state["step"] % config.validate_every == 0 or state["step"] == config.num_steps:
@@ -116,27 +135,33 @@ def fit(model, groups, batch_loss, validation_loss, config, num_images, seed, di
             if value < state["best_loss"]:
                 state |= dict(best_loss=value, best_step=state["step"])
                 best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            elif not value <= 3 * state["best_loss"] and finite:
+                optimizer = restart(f"validation loss {value:.4g} after {state['best_loss']:.4g}")
             row = dict(
                 step=state["step"], images_seen=state["step"] * config.batch_size, loss=loss.item(), val_loss=value
             )
-            stopped_early = state["step"] - state["best_step"] >= config.patience * config.validate_every
-        now = time.monotonic()
+            state["stopped_early"] = state["step"] - state["best_step"] >= config.patience * config.validate_every
+        now, cpu = time.monotonic(), time.process_time()
         state["seconds"] += now - last_tick
-        last_tick = now
+        state["cpu_seconds"] += cpu - last_cpu
+        last_tick, last_cpu = now, cpu
         if row:
-            state["history"].append(row | {"seconds": round(state["seconds"], 2)})
+            # Not finite values have no place in JSON.
+            row = {k: v if math.isfinite(v) else None for k, v in row.items()}
+            state["history"].append(row | {k: round(state[k], 2) for k in ("seconds", "cpu_seconds")})
             write_csv(directory / "log.csv", state["history"])
-            progress.set_postfix(val_loss=f"{row['val_loss']:.5f}")
+            progress.set_postfix(val_loss=f"{value:.5f}")
         progress.update()
-        if now - last_saved >= 60 * config.checkpoint_minutes and state["step"] < config.num_steps:
+        if now - last_saved >= 60 * config.checkpoint_minutes:
             checkpoint()
             last_saved = now
     progress.close()
+    checkpoint()  # whoever is killed while evaluating need not train again
 
     model.load_state_dict(best)
     model.eval()
     set_compute_dtype(model, None)
-    return summarize(config, state) | dict(stopped_early=stopped_early)
+    return summarize(config, state)
 
 
 def summarize(config, state):
@@ -155,9 +180,8 @@ class Diverged(FloatingPointError):
 
 
 def finish(model, directory, summary, **info):
-    """Writes the trained model with its summary, then drops what was kept to resume."""
+    """Writes the trained model with its summary."""
     save_checkpoint(directory / "model.safetensors", model, summary=summary, **info)
-    (directory / "resume.safetensors").unlink(missing_ok=True)
 
 
 def mirrored(x, seed, step):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import torch
 
 from flowlib import data, results, tables, training
 from flowlib.checkpoints import load_checkpoint, load_tensors
-from flowlib.experiments import METHODS, TASKS, Experiment
+from flowlib.experiments import METHODS, TASKS, Experiment, Training
 from flowlib.operators import Denoising
 from flowlib.training import batch_indices, generator_for, learning_rate_factor
 
@@ -53,6 +54,7 @@ def test_a_killed_run_resumes_to_the_same_weights(build, tmp_path):
     directory = Experiment("smoke", build=build).directory("inpainting", "glow")
     uninterrupted, _ = load_tensors(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
+    (directory / "resume.safetensors").unlink()
 
     command = [sys.executable, "-c", RUN, str(build), str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -66,14 +68,14 @@ def test_a_killed_run_resumes_to_the_same_weights(build, tmp_path):
     assert 0 < step < steps
     subprocess.run(command, env=environment, check=True)
     resumed, header = load_tensors(directory / "model.safetensors")
-    assert header["info"]["summary"]["steps"] == steps and not (directory / "resume.safetensors").exists()
+    assert header["info"]["summary"]["steps"] == steps and (directory / "resume.safetensors").exists()
     assert all(torch.equal(resumed[k], uninterrupted[k]) for k in uninterrupted)
 
 
 def test_foreign_resume_files_are_refused(build):
     run = experiment(build, num_steps=2)
     directory = run.directory("denoising", "resnet")
-    training.save_tensors(directory / "resume.safetensors", {"x": torch.zeros(1)}, {"fingerprint": {}, "state": {}})
+    training.save_tensors(directory / "resume.safetensors", {"x": torch.zeros(1)}, {"fingerprint": {}, "finished": False})
     with pytest.raises(ValueError, match="other settings: delete it"):
         training.train_unfolded(run, "denoising", "resnet")
     (directory / "resume.safetensors").unlink()
@@ -95,7 +97,7 @@ def test_early_stopping_keeps_the_best(build):
 
 
 def test_a_loss_that_is_not_finite_names_the_fold(build, monkeypatch):
-    run = experiment(build, num_steps=2)
+    run = experiment(build, num_steps=2, max_restarts=0)
 
     def broken(*args):
         solver = training_build_solver(*args)
@@ -112,6 +114,31 @@ def test_a_loss_that_is_not_finite_names_the_fold(build, monkeypatch):
     row = next(r for r in tables.table("I", "v2", [record]) if (r["Task"], r["Method"]) == ("inpainting", "GLOW prox"))
     assert row["Ours, dB"] == "diverged" and tables.provenance_rows([record])[0]["Steps"] == "0"
     (run.directory("inpainting", "glow") / "record.json").unlink()
+
+
+def test_a_run_that_falls_apart_goes_on_from_its_best_weights(build, tmp_path):
+    """Once by a loss that is not finite, once by a validation loss that explodes; the weights do not remember it."""
+    model = torch.nn.Linear(1, 1)
+    config = Training(num_steps=12, batch_size=1, lr=0.1, warmup_steps=1, validate_every=2, bf16=False)
+    seen = []
+
+    def batch_loss(indices, step):
+        seen.append(model.weight.item())
+        return model.weight.square().sum() * (math.nan if step == 5 else 1.0)
+
+    def validation_loss():
+        return 1e6 if len(seen) == 8 else model.weight.square().item()
+
+    groups = [{"params": [model.weight], "lr": 0.1}]
+    summary = training.fit(model, groups, batch_loss, validation_loss, config, 1, 0, tmp_path)
+    assert [restart["step"] for restart in summary["restarts"]] == [5, 8]
+    assert "not finite" in summary["restarts"][0]["reason"] and "1e+06" in summary["restarts"][1]["reason"]
+    best_at_4 = summary["history"][1]["val_loss"]
+    assert seen[6] ** 2 == pytest.approx(best_at_4) and summary["steps"] == 12
+    # At half the rate: Adam's first step is of the size of the rate.
+    assert abs(seen[7] - seen[6]) < 0.6 * abs(seen[1] - seen[0])
+    with pytest.raises(FloatingPointError, match="not finite"):
+        training.fit(model, groups, lambda i, s: model.weight.sum() * math.nan, lambda: 0.0, config, 1, 0, tmp_path / "b")
 
 
 def test_noisy_pretraining_goes_on_from_the_clean_flow(build):

@@ -1,0 +1,1 @@
+"""What makes this book from flowlib: its experiments, records, tables and figures."""
