@@ -13,13 +13,13 @@ import torch
 
 from flowlib import data, experiments, psnr
 from flowlib.checkpoints import load_checkpoint, load_tensors
-from flowlib.classical import conjugate_gradients, tikhonov
+from companion.classical import conjugate_gradients, tikhonov
 from flowlib.data import to_tensor
 from flowlib.experiments import TASKS, Experiment
-from flowlib.files import write_json
+from companion.files import write_json
 from flowlib.operators import Blur
-from flowlib.provenance import provenance
-from flowlib.results import RESULTS
+from companion.provenance import provenance
+from companion.paths import RESULTS
 from flowlib.tables import paper_table
 from flowlib.training import device, train_unfolded
 

@@ -15,10 +15,10 @@ import torch
 from playwright.sync_api import sync_playwright
 
 from flowlib.experiments import EDITIONS, PROFILES, Experiment
-from flowlib.explorer import Explorer
-from flowlib.files import write_json
-from flowlib.provenance import provenance
-from flowlib.results import RESULTS
+from companion.explorer.live import Explorer
+from companion.files import write_json
+from companion.provenance import provenance
+from companion.paths import RESULTS
 
 # Moves the factor of μ, and says how long the answer took in milliseconds.
 MOVE = """async (value) => {

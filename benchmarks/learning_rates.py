@@ -12,9 +12,9 @@ from pathlib import Path
 
 from flowlib import data
 from flowlib.experiments import Experiment
-from flowlib.files import write_json
-from flowlib.provenance import provenance
-from flowlib.results import RESULTS
+from companion.files import write_json
+from companion.provenance import provenance
+from companion.paths import RESULTS
 from flowlib.training import Diverged, train_unfolded
 
 RATES = {"glow": (5e-5, 1e-4, 2e-4), "unet": (5e-4, 1e-3, 3e-3), "resnet": (5e-4, 1e-3, 3e-3)}

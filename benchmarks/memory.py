@@ -12,10 +12,10 @@ import sys
 import torch
 
 from flowlib import Glow, set_compute_dtype
-from flowlib.files import write_json
+from companion.files import write_json
 from flowlib.glow import MEMORY_MODES, set_memory
-from flowlib.provenance import provenance
-from flowlib.results import RESULTS
+from companion.provenance import provenance
+from companion.paths import RESULTS
 
 BATCH, SIZE = 8, 64
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}

@@ -14,10 +14,10 @@ import torch
 from speed import alternate
 from torch import nn
 
-from flowlib.files import write_json
+from companion.files import write_json
 from flowlib.layers import FlowStep
-from flowlib.provenance import provenance
-from flowlib.results import RESULTS
+from companion.provenance import provenance
+from companion.paths import RESULTS
 from flowlib.reversible import run_chain
 
 BATCH, CHANNELS, SIZE = 8, 12, 32

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from flowlib import Glow, set_compute_dtype
-from flowlib.files import write_json
-from flowlib.glow import set_memory
-from flowlib.provenance import provenance
-from flowlib.results import RESULTS
+from companion.files import write_json
+from flowlib import set_memory
+from companion.provenance import provenance
+from companion.paths import RESULTS
 
 BATCH, SIZE = 8, 64
 

@@ -13,12 +13,12 @@ import torch
 from flowlib import data
 from flowlib.checkpoints import load_checkpoint, load_tensors
 from flowlib.experiments import Experiment, Training
-from flowlib.files import write_json
-from flowlib.glow import set_memory
+from companion.files import write_json
+from flowlib import set_memory
 from flowlib.operators import Blur, Inpainting
-from flowlib.provenance import provenance
+from companion.provenance import provenance
 from flowlib.prox import GlowProx
-from flowlib.results import RESULTS
+from companion.paths import RESULTS
 from flowlib.training import Diverged, generator_for, pretrain, train_unfolded
 
 # What is tried, by name: settings of the flow, and of its pre-training.

@@ -4,84 +4,62 @@ One command, which goes on where it stopped; several may work side by side, for 
 is being trained. On a small machine, one thread and one core each:
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m companion.queue --dataset celeba
+
+Each finished run is published to results/ at once; what is recorded there is not trained again.
 """
 
 import argparse
 import fcntl
-import json
 import subprocess
 import sys
-from typing import NamedTuple
+from collections.abc import Iterator
 
-from flowlib.experiments import METHODS, TASKS, Experiment
+from companion.experiment import Experiment
+from companion.records import read
+from companion.runs import kept_place, publish
+from companion.settings import Run
 
 MAIN_ROWS = ("glow", "glow-noisy", "unet", "resnet")
 
 
-class Run(NamedTuple):
-    edition: str
-    name: str  # "flow", "flow-noisy", "denoiser-unet", or task and method, such as "inpainting-glow"
-    seed: int = 0
-
-
-def runs():
+def queue(**choice) -> Iterator[tuple[Experiment, Run]]:
     """Both flows; v2's main rows, then plug-and-play; v1's rows; v2's denoiser starts; more seeds."""
-    v2 = ("inpainting", "denoising", "deblurring")
-    v1 = ("inpainting", "denoising", "deblurring", "denoising-0.1")
-    yield from (Run("v2", "flow"), Run("v2", "flow-noisy"))
-    yield from (Run("v2", f"{task}-{method}") for task in v2 for method in MAIN_ROWS)
-    yield from (Run("v2", f"{task}-glow-frozen") for task in v2)
-    for task in v1:
-        yield from (Run("v1", f"{task}-{method}") for method in ("glow", "glow-scratch", "unet", "resnet", "glow-noisy"))
+    v2 = Experiment(edition="v2", **choice)
+    v1 = Experiment(edition="v1", **choice)
+    yield from ((v2, v2.flow(noisy)) for noisy in (False, True))
+    yield from ((v2, v2.solver(task, method)) for task in v2.tasks() for method in MAIN_ROWS)
+    yield from ((v2, v2.solver(task, "glow-frozen")) for task in v2.tasks())
+    for task in v1.tasks():
+        yield from ((v1, v1.solver(task, m)) for m in ("glow", "glow-scratch", "unet", "resnet", "glow-noisy"))
     for network in ("unet", "resnet"):
-        yield Run("v2", f"denoiser-{network}")
-        yield from (Run("v2", f"{task}-{network}-denoiser") for task in ("inpainting", "deblurring"))
+        yield from ((v2, v2.solver(task, f"{network}-denoiser")) for task in ("inpainting", "deblurring"))
     for seed in (1, 2):
-        yield Run("v2", "flow", seed)
-        yield from (Run("v2", f"{task}-{method}", seed) for task in v2 for method in ("glow", "unet", "resnet"))
+        other = Experiment(edition="v2", **choice | {"seed": seed})
+        yield from ((other, other.solver(task, m)) for task in v2.tasks() for m in ("glow", "unet", "resnet"))
 
 
-def command(run):
-    """(what to run, the runs that must be finished before)."""
-    if run.name in ("flow", "flow-noisy"):
-        before = [run._replace(name="flow")] if run.name == "flow-noisy" else []
-        return ["pretrain", *(["--noisy"] if before else [])], before
-    if run.name.startswith("denoiser-"):
-        return ["pretrain", "--denoiser", run.name.removeprefix("denoiser-")], []
-    task = max((t for t in TASKS if run.name.startswith(f"{t}-")), key=len)
-    method = run.name.removeprefix(f"{task}-")
-    start = METHODS[method].start
-    before = [run._replace(name=f"denoiser-{METHODS[method].network}" if start == "denoiser" else start)] if start else []
-    return ["train", "--task", task, "--prox", method], before
+def is_recorded(experiment: Experiment, run: Run) -> bool:
+    path, _ = kept_place(experiment, run)
+    return path.exists() and read([path])[0].get("settings_hash") == run.settings_hash
 
 
-def folder(run, args):
-    experiment = Experiment(args.profile, args.dataset, run.edition, run.seed, args.build)
-    return experiment.runs / run.name if run.name.startswith("flow") else experiment.runs / run.edition / run.name
-
-
-def finished(run, args):
-    """Whether it is recorded; a denoiser has no record of its own."""
-    return (folder(run, args) / ("model.safetensors" if run.name.startswith("denoiser-") else "record.json")).exists()
-
-
-def work(run, args):
-    """Trains and evaluates one run, unless somebody else is at it."""
-    place = folder(run, args)
+def work(experiment: Experiment, run: Run):
+    """Makes and publishes one run, in a process of its own, unless somebody else is at it."""
+    place = experiment.directory(run)
     place.mkdir(parents=True, exist_ok=True)
-    with open(place / "lock", "w") as lock:
+    with open(place / "queue.lock", "w") as lock, open(place / "output.log", "a") as log:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
-        if finished(run, args):
+        if is_recorded(experiment, run):
             return
-        words, _ = command(run)
-        choice = dict(profile=args.profile, dataset=args.dataset, edition=run.edition, seed=run.seed, build=args.build)
-        words += [word for key, value in choice.items() for word in (f"--{key}", str(value))]
-        with open(place / "output.log", "a") as log:
-            print(json.dumps(run._asdict()), flush=True)
-            subprocess.run([sys.executable, "-m", "flowlib", *words], stdout=log, stderr=log, check=False)
+        print(experiment.place(run), flush=True)
+        options = dict(run=run.name) | experiment.names | {"build": experiment.build}
+        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        done = subprocess.run([sys.executable, "-m", "companion", "run", *words], stdout=log, stderr=log)
+        if done.returncode == 0:
+            publish(experiment, run)
 
 
 def main():
@@ -89,16 +67,16 @@ def main():
     parser.add_argument("--profile", default="cpu")
     parser.add_argument("--dataset", default="celeba")
     parser.add_argument("--build", default="build")
-    parser.add_argument("--only", nargs="*", help="methods, such as unet resnet (default: all)")
-    parser.add_argument("--list", action="store_true", help="say what is finished, and train nothing")
+    parser.add_argument("--only", nargs="*", help="runs whose names end so, such as unet resnet (default: all)")
+    parser.add_argument("--list", action="store_true", help="say what is recorded, and train nothing")
     args = parser.parse_args()
-    for run in runs():
-        if args.only and not any(run.name.endswith(f"-{method}") for method in args.only):
+    for experiment, run in queue(profile=args.profile, dataset=args.dataset, build=args.build):
+        if args.only and not any(run.name.endswith(ending) for ending in args.only):
             continue
         if args.list:
-            print("finished" if finished(run, args) else "to do   ", run.edition, run.name, f"seed {run.seed}")
-        elif not finished(run, args) and all(finished(earlier, args) for earlier in command(run)[1]):
-            work(run, args)
+            print("recorded" if is_recorded(experiment, run) else "to do   ", experiment.place(run))
+        elif not is_recorded(experiment, run):
+            work(experiment, run)
 
 
 if __name__ == "__main__":

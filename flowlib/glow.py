@@ -82,7 +82,7 @@ class Glow(nn.Module):
             raise ValueError(f"expected images (B, {self.config['in_channels']}, H, W), got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(
-                f"expected floating-point images in [-0.5, 0.5], got {x.dtype}: see flowlib.data.to_tensor"
+                f"expected floating-point images in [-0.5, 0.5], got {x.dtype}: see flowlib.images.to_tensor"
             )
         self.latent_shapes(tuple(x.shape[2:]))
 

@@ -1,48 +1,30 @@
-"""Image quality, per image; means with confidence intervals; memory of a backward pass."""
+"""Image quality, per image."""
 
-import numpy as np
-import scipy.stats
-import skimage.metrics
 import torch
+from torch import Tensor
 
 
-def psnr(x_hat, x, peak=1.0):
-    """Peak signal-to-noise ratio 10 log10(peak² / MSE) of each image, in dB, unclipped: (B, C, H, W) twice -> (B,)."""
-    return 10 * torch.log10(peak**2 / (x_hat - x).square().mean(dim=(1, 2, 3)))
+def psnr(x_hat: Tensor, x: Tensor, peak: float = 1.0) -> Tensor:
+    """Peak signal-to-noise ratio 10 log10(peak² / MSE) of each image, in dB, unclipped: (B, C, H, W) twice -> (B,).
+
+    The mean is taken in float32 at least. Raises ValueError where the shapes differ."""
+    _check(x_hat, x)
+    error = (x_hat - x).to(torch.promote_types(x.dtype, torch.float32))
+    return 10 * torch.log10(peak**2 / error.square().mean(dim=(1, 2, 3)))
 
 
-def ssim(x_hat, x, peak=1.0):
-    """Structural similarity of each image (scikit-image, Gaussian window as Wang et al. 2004): (B, C, H, W) twice -> (B,)."""
-    return torch.tensor(
-        [
-            skimage.metrics.structural_similarity(
-                a, b, channel_axis=0, data_range=peak, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-            )
-            for a, b in zip(x_hat.double().cpu().numpy(), x.double().cpu().numpy())
-        ]
-    )
+def ssim(x_hat: Tensor, x: Tensor, peak: float = 1.0) -> Tensor:
+    """Structural similarity of each image (scikit-image, Gaussian window as Wang et al. 2004): (B, C, H, W) twice -> (B,).
+
+    Raises ValueError where the shapes differ."""
+    from skimage.metrics import structural_similarity  # here, as nothing else needs scikit-image
+
+    _check(x_hat, x)
+    options = dict(channel_axis=0, data_range=peak, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    pairs = zip(x_hat.detach().double().cpu().numpy(), x.detach().double().cpu().numpy())
+    return torch.tensor([structural_similarity(a, b, **options) for a, b in pairs])
 
 
-def mean_and_interval(values, level=0.95):
-    """Mean over images and half the width of its confidence interval (Student's t): (mean, half_width)."""
-    values = np.asarray(values, dtype=float)
-    half_width = scipy.stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(half_width)
-
-
-def kept_bytes(model, function):
-    """Bytes that autograd keeps between function(model) and its backward pass, the parameters apart."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held on to, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function(model)
-    total = sum(storage.nbytes() for storage in kept.values())
-    del result
-    return total
+def _check(x_hat, x):
+    if x_hat.shape != x.shape or x.ndim != 4:
+        raise ValueError(f"expected two tensors (B, C, H, W) of one shape, got {tuple(x_hat.shape)} and {tuple(x.shape)}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowlib import Blur, Denoising, Inpainting, data, psnr, results, tables
-from flowlib.classical import CLASSICAL, conjugate_gradients, record_classical, tikhonov, tv_inpainting
+from companion.classical import CLASSICAL, conjugate_gradients, record_classical, tikhonov, tv_inpainting
 from flowlib.experiments import Experiment
 
 OPERATORS = {"denoising": Denoising(0.2), "inpainting": Inpainting(19, 64), "deblurring": Blur(5.0)}

@@ -204,7 +204,7 @@ def test_truncated_or_foreign_files_are_named(tmp_path):
     content = (out / "images.npy").read_bytes()
     for wrong in (content[:-10], content[:20], b"", b"foreign"):
         (out / "images.npy").write_bytes(wrong)
-        with pytest.raises(ValueError, match=r"images\.npy is truncated.*again with: python -m flowlib prepare syn"):
+        with pytest.raises(ValueError, match=r"images\.npy is truncated.*again with: python -m companion prepare syn"):
             data.load(out)
     for wrong in (np.zeros((3, 16, 16, 3), np.uint8), np.zeros((4, 16, 16, 3), np.float32)):
         np.save(out / "images.npy", wrong)

@@ -13,8 +13,8 @@ from PIL import Image
 from flowlib import Blur, Denoising, Glow, GlowProx, Inpainting, UNetProx, UnfoldedPGD, data, psnr, save_checkpoint
 from flowlib.data import to_tensor
 from flowlib.experiments import Experiment
-from flowlib.explorer import Explorer
-from flowlib.explorer_page import SCALES, SHIFTS, grid, measure, normals, page, solve_with, write_explorer
+from companion.explorer.live import Explorer
+from companion.explorer.page import SCALES, SHIFTS, grid, measure, normals, page, solve_with, write_explorer
 from flowlib.export import export_onnx
 from tests.test_flow import randomize
 
@@ -122,7 +122,7 @@ def test_files_of_the_page(experiment):
     assert all(path.stat().st_size < 1.5e6 for path in folder.glob("*.webp"))
     html = page(folder, "../_static/explorer")
     assert "../_static/explorer/inpainting.webp" in html and "<noscript>" in html
-    with pytest.raises(FileNotFoundError, match="python -m flowlib explorer"):
+    with pytest.raises(FileNotFoundError, match="python -m companion explorer"):
         page(experiment.build, "x")
 
 

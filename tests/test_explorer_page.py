@@ -18,7 +18,7 @@ from PIL import Image
 from flowlib import Blur, Denoising, Inpainting, data, psnr, results
 from flowlib.data import to_tensor
 from flowlib.experiments import Experiment
-from flowlib.explorer_page import SCALES, SHIFTS, grid, measure, normals, solve_with
+from companion.explorer.page import SCALES, SHIFTS, grid, measure, normals, solve_with
 from tests.conftest import CHROMIUM, ROOT, SMOKE_BUILD
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from flowlib import data, results, training
-from flowlib.__main__ import main
+from companion.__main__ import main
 from flowlib.experiments import Experiment
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowlib import Glow, GlowProx, Inpainting, UnfoldedPGD
-from flowlib.glow import set_memory
+from flowlib import set_memory
 from flowlib.metrics import kept_bytes
 from tests.test_flow import randomize, small_glow
 

@@ -217,7 +217,7 @@ def test_learning_rate_rises_then_falls():
 
 
 def test_missing_data_and_flow_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="python -m flowlib prepare"):
+    with pytest.raises(FileNotFoundError, match="python -m companion prepare"):
         training.pretrain(Experiment("smoke", build=tmp_path))
     with pytest.raises(ValueError, match="unknown profile 'big'; choose one of: smoke, demo, cpu, paper"):
         Experiment("big")

@@ -1,0 +1,129 @@
+"""One profile, data set, edition and seed: its runs, its images, and where its files lie."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import data
+from companion.paths import build_folder
+from companion.settings import EDITIONS, METHODS, OOD_IMAGES, OVERRIDES, PROFILES, TASKS, Method, Run, choose
+from flowlib.images import split_indices
+from flowlib.training import Training
+
+
+class Experiment:
+    """What is run with one choice of profile, data set, edition and seed.
+
+    overrides: num_folds, flow, unet, resnet (configurations), and num_steps, lr, batch_size of the trainings of solvers;
+    None stands for the profile's. Raises ValueError for an unknown name."""
+
+    def __init__(self, profile="demo", dataset="synthetic", edition="v2", seed=0, build="build", **overrides):
+        self.profile = choose(PROFILES, profile, "profile")
+        self.edition = choose(EDITIONS, edition, "edition")
+        for name in overrides:
+            choose(dict.fromkeys(OVERRIDES), name, "override")
+        self.overrides = {name: value for name, value in overrides.items() if value is not None}
+        self.names = dict(profile=profile, dataset=str(dataset), edition=edition, seed=int(seed))
+        self.dataset, self.seed, self.build = str(dataset), int(seed), build_folder(build)
+        self.key = f"{profile}-{dataset}-s{seed}"  # of folders of runs
+        sizes = {k: getattr(self.edition, k) for k in ("train", "val", "test", "held_out")}
+        self.split_sizes = sizes | self.profile.images
+
+    # Runs
+
+    def _config(self, network: str) -> dict:
+        return self.overrides.get(network) or getattr(self.profile, network)
+
+    def _training(self, method: str, network: str) -> Training:
+        """Of a solver: the profile's settings with the overrides."""
+        chosen = self.profile.unfolding.get(method) or self.profile.unfolding[network]
+        return replace(chosen, **{k: v for k, v in self.overrides.items() if k in ("num_steps", "lr", "batch_size")})
+
+    def _run(self, **settings) -> Run:
+        return Run(dataset=self.dataset, seed=self.seed, images=self.split_sizes, **settings)
+
+    def flow(self, noisy: bool = False) -> Run:
+        """The pre-training of the flow. Both editions start from the same one, so the sizes of their splits do not count."""
+        training = self.profile.noisy_pretraining if noisy else self.profile.pretraining
+        settings = dict(kind="flow", network="flow", config=self._config("flow"), training=training, noisy=noisy)
+        start, name = (self.flow(), "flow-noisy") if noisy else (None, "flow")
+        images = {"held_out": self.split_sizes["held_out"]}
+        return replace(self._run(name=name, start=start, **settings), images=images)
+
+    def denoiser(self, network: str) -> Run:
+        """The training of one network as a denoiser, the start of some rows of Table I."""
+        return self._run(
+            kind="denoiser",
+            name=f"denoiser-{network}",
+            network=network,
+            config=self._config(network),
+            training=self._training(network, network),
+            task="denoising",
+            operator=TASKS["denoising"].parameters,
+            edition=self.names["edition"],
+            num_folds=1,
+        )
+
+    def solver(self, task: str, method: str) -> Run:
+        """The training of the unfolded solver for one task by one method."""
+        chosen = choose(METHODS, method, "method")
+        operator = choose(TASKS, task, "task").parameters
+        starts = {"flow": self.flow, "flow-noisy": lambda: self.flow(True)}
+        starts |= {"denoiser": lambda: self.denoiser(chosen.network), None: lambda: None}
+        return self._run(
+            kind="solver",
+            name=f"{task}-{method}",
+            network=chosen.network,
+            config=self._config("flow" if chosen.network == "glow" else chosen.network),
+            training=self._training(method, chosen.network),
+            start=starts[chosen.start](),
+            task=task,
+            operator=operator,
+            method=method,
+            frozen=chosen.frozen,
+            edition=self.names["edition"],
+            num_folds=self.overrides.get("num_folds") or self.edition.num_folds,
+        )
+
+    def methods(self, task: str) -> list[str]:
+        """The methods that this profile trains for a task of this edition."""
+        return [name for name in self.profile.methods if self._has(task, METHODS[name])]
+
+    def runs(self) -> dict[str, Run]:
+        """All runs that this edition has, by name, whatever the profile trains by default."""
+        found = [self.flow(), self.flow(noisy=True)]
+        if self.names["edition"] == "v2":
+            found += [self.denoiser(network) for network in ("unet", "resnet")]
+        for task in self.tasks():
+            found += [self.solver(task, name) for name, m in METHODS.items() if self._has(task, m)]
+        return {run.name: run for run in found}
+
+    def _has(self, task: str, method: Method) -> bool:
+        return self.names["edition"] in method.editions and task in method.tasks
+
+    def tasks(self) -> list[str]:
+        return [name for name, task in TASKS.items() if self.names["edition"] in task.editions]
+
+    # Files
+
+    def place(self, run: Run) -> str:
+        """Where this run lies among others: "cpu-celeba-s0/v2/inpainting-glow", the flows above the editions."""
+        return "/".join([self.key, *([run.edition] if run.edition else []), run.name])
+
+    def directory(self, run: Run) -> Path:
+        return (self.build / "runs" / self.place(run)).with_name(run.folder_name)
+
+    # Images
+
+    def images(self) -> data.ImageSet:
+        """The prepared images of this data set."""
+        return data.load(self.build / "data" / self.dataset)
+
+    def split(self, part: str, images: data.ImageSet | None = None):
+        """uint8 images (N, H, W, 3) of one part: "pretrain", "train", "val" or "test"."""
+        images = images or self.images()
+        return images.images[split_indices(len(images), **self.split_sizes)[part]]
+
+    def ood_images(self) -> data.ImageSet | None:
+        """The prepared images out of distribution that go with this data set, if there are any."""
+        folder = self.build / "data" / OOD_IMAGES.get(self.dataset, "")
+        return data.load(folder) if (folder / "manifest.json").exists() else None

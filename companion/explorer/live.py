@@ -1,0 +1,241 @@
+"""The live explorer: move μ and λ in a notebook, and the solver of this build answers."""
+
+import asyncio
+import contextlib
+import io
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+
+import data
+from companion import figures
+from companion.explorer.page import measure, solve_with
+from companion.runs import load
+from companion.settings import METHODS, TASKS
+from companion.training import model_path
+from flowlib.images import to_tensor
+from flowlib.metrics import psnr
+from flowlib.operators import Blur, Denoising, Inpainting
+
+# The setting that can be moved for each kind of task: label, range, and the operator it makes.
+SETTINGS = {
+    "denoising": ("noise σ", (0.0, 0.4, 0.01), lambda value: Denoising(value)),
+    "inpainting": ("hole W", (1, 40, 1), lambda value: Inpainting(int(value))),
+    "deblurring": ("blur σ_b", (0.5, 10.0, 0.5), lambda value: Blur(value)),
+}
+ZOOM = 2
+
+
+class Explorer(widgets.VBox):
+    """Choose a task, an image or your own, and a trained method of this build; move its scalars; see all folds.
+
+    delay: seconds without another change before anything is computed, so that a moving slider does not pile up work.
+    Raises FileNotFoundError where nothing is trained."""
+
+    def __init__(self, experiment, delay=0.05):
+        self.experiment, self.delay, self._timer, self._held = experiment, delay, None, False
+        self.trained = [
+            (run.task, run.method)
+            for run in experiment.runs().values()
+            if run.kind == "solver" and model_path(experiment, run).is_file()
+        ]
+        if not self.trained:
+            raise FileNotFoundError(
+                f"nothing is trained in {experiment.build}: run make book, or python -m companion run"
+            )
+        self.images = to_tensor(experiment.split("test"))
+        self.own, self.solver = None, None
+
+        tasks = list(dict.fromkeys(task for task, _ in self.trained))
+        self.task = widgets.Dropdown(options=tasks, description="task")
+        self.method = widgets.Dropdown(description="method")
+        self.image = widgets.BoundedIntText(min=1, max=len(self.images), value=1, description="test image")
+        self.upload = widgets.FileUpload(accept="image/*", description="Own image")
+        self.setting = widgets.FloatSlider(continuous_update=True)
+        self.seed = widgets.Button(description="New noise")
+        self.scale = widgets.FloatSlider(value=1, min=0, max=2, step=0.01, description="μ ×")
+        self.shift = widgets.FloatSlider(
+            value=0, min=-0.5, max=0.5, step=0.005, description="λ +", readout_format=".3f"
+        )
+        self.reset = widgets.Button(description="Trained values")
+        self.folds = widgets.Accordion(children=[widgets.VBox()], titles=["Each fold on its own"])
+        self.panels = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
+        self.plot = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        self.status = widgets.HTML()
+        self._noise = 0
+        super().__init__(
+            [
+                widgets.HBox([self.task, self.method], layout=widgets.Layout(flex_flow="row wrap")),
+                widgets.HBox([self.image, self.upload], layout=widgets.Layout(flex_flow="row wrap")),
+                widgets.HBox([self.setting, self.seed], layout=widgets.Layout(flex_flow="row wrap")),
+                widgets.HBox([self.scale, self.shift, self.reset], layout=widgets.Layout(flex_flow="row wrap")),
+                self.folds,
+                self.panels,
+                self.plot,
+                self.status,
+            ]
+        )
+        self.task.observe(self._choose_task, "value")
+        self.method.observe(self._choose_method, "value")
+        self.image.observe(self._choose_image, "value")
+        self.upload.observe(self._take_upload, "value")
+        self.scale.observe(self._move_all, "value")
+        self.shift.observe(self._move_all, "value")
+        self.setting.observe(self._changed, "value")
+        self.seed.on_click(self._new_noise)
+        self.reset.on_click(self._reset)
+        self._choose_task()
+
+    # What the reader does.
+
+    def _choose_task(self, _=None):
+        name, (low, high, step), _ = SETTINGS[TASKS[self.task.value].kind]
+        parameters = TASKS[self.task.value].parameters
+        trained = next(value for key, value in parameters.items() if key in ("sigma", "mask_size", "sigma_b"))
+        with self._hold():
+            # A slider refuses bounds that its value does not fit, so they are opened first.
+            self.setting.min, self.setting.max = min(low, self.setting.value), max(high, self.setting.value)
+            self.setting.value = trained
+            self.setting.min, self.setting.max, self.setting.step, self.setting.description = low, high, step, name
+            self.seed.layout.display = None if name == "noise σ" else "none"
+            methods = [method for task, method in self.trained if task == self.task.value]
+            self.method.options = [(METHODS[m].label, m) for m in methods]
+            self.method.value = next((m for m in methods if METHODS[m].network == "glow"), methods[0])
+        self._choose_method()
+
+    def _choose_method(self, _=None):
+        if self._held:
+            return
+        self.solver = load(self.experiment, self.experiment.solver(self.task.value, self.method.value))
+        self.trained_scalars = {"μ": self.solver.step_size.tolist()}
+        if self.solver.proxes[0].uses_shrinkage:
+            self.trained_scalars["λ"] = self.solver.shrinkage.tolist()
+        self.shift.disabled = "λ" not in self.trained_scalars
+        self.sliders = {
+            name: [
+                widgets.FloatSlider(
+                    value=value, min=-1, max=3, step=0.005, description=f"{name} {k}", readout_format=".3f"
+                )
+                for k, value in enumerate(values, start=1)
+            ]
+            for name, values in self.trained_scalars.items()
+        }
+        for slider in sum(self.sliders.values(), []):
+            slider.observe(self._changed, "value")
+        self.folds.children = [widgets.HBox([widgets.VBox(column) for column in self.sliders.values()])]
+        self._reset()
+
+    def _choose_image(self, _=None):
+        self.own = None
+        self._changed()
+
+    def _take_upload(self, _=None):
+        if not self.upload.value:
+            return
+        file = self.upload.value[-1]
+        try:
+            self.own = to_tensor(data.decode(bytes(file["content"]), file["name"])[None])
+        except ValueError as error:
+            self.status.value = f"<b>{error}</b>"
+            return
+        self._changed()
+
+    def _new_noise(self, _=None):
+        self._noise += len(self.images)
+        self._changed()
+
+    def _reset(self, _=None):
+        with self._hold():
+            self.scale.value, self.shift.value = 1, 0
+        self._move_all()
+
+    def _move_all(self, _=None):
+        if self._held:
+            return
+        with self._hold():
+            for slider, value in zip(self.sliders["μ"], self.trained_scalars["μ"]):
+                slider.value = value * self.scale.value
+            for slider, value in zip(self.sliders.get("λ", []), self.trained_scalars.get("λ", [])):
+                slider.value = value + self.shift.value
+        self._changed()
+
+    @contextlib.contextmanager
+    def _hold(self):
+        """While this is open, changes of sliders are our own and compute nothing."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
+    # The answer.
+
+    def _changed(self, _=None):
+        if self._held:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # no kernel: a script or a test
+            return self.refresh()
+        if self._timer:
+            self._timer.cancel()
+        self._timer = loop.call_later(self.delay, self.refresh)
+
+    @torch.no_grad()
+    def refresh(self):
+        """Solves with what the sliders say, and shows it."""
+        index = self.image.value - 1
+        x = self.own if self.own is not None else self.images[index : index + 1]
+        operator = SETTINGS[TASKS[self.task.value].kind][2](self.setting.value)
+        y = measure(operator, x, index + self._noise)
+        scalars = {name: torch.tensor([s.value for s in sliders]) for name, sliders in self.sliders.items()}
+        x_hat, folds = solve_with(self.solver, scalars["μ"], scalars.get("λ"), y, operator, return_folds=True)
+        shown = {"measurement": y} | {f"fold {k}": fold.x for k, fold in enumerate(folds, start=1)}
+        self.psnr = {name: psnr(image, x).item() for name, image in shown.items()}
+        error = (x_hat - x).abs().mean(dim=1, keepdim=True).expand_as(x) * 4 - 0.5
+        panels = [self._panel(name, image, f"{self.psnr[name]:.2f} dB") for name, image in shown.items()]
+        panels += [self._panel("error × 4", error, ""), self._panel("original", x, "")]
+        self.panels.children = panels
+        self.plot.value = _plot(folds, list(self.psnr.values())[1:])
+        self.status.value = f"PSNR <b>{psnr(x_hat, x).item():.2f} dB</b>"
+
+    @staticmethod
+    def _panel(name, image, text):
+        array = figures.pixels(image[0].nan_to_num()).repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)
+        return widgets.VBox([widgets.Image(value=_png(array), format="png"), widgets.HTML(f"{name}<br>{text}")])
+
+
+def _png(array):
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(file, "png")
+    return file.getvalue()
+
+
+def _plot(folds, quality):
+    """PSNR and, for flows, latent norm and log-likelihood before and after each fold's prox, as PNG bytes."""
+    flow = folds[0].latent_norm is not None
+    positions = range(1, len(folds) + 1)
+    with plt.rc_context(figures.STYLE | {"figure.dpi": 90, "figure.constrained_layout.use": False}):
+        figure, axes = plt.subplots(1, 3 if flow else 1, figsize=(9 if flow else 3, 2.4), squeeze=False)
+        axes[0, 0].plot(positions, quality, "o-", color=figures.COLOURS["glow"])
+        axes[0, 0].set_title("PSNR, dB")
+        if flow:
+            for axis, title, keys in (
+                (axes[0, 1], "latent norm", ("latent_norm_tilde", "latent_norm")),
+                (axes[0, 2], "log p, nats", ("log_prob_tilde", "log_prob")),
+            ):
+                for key, label, fill in zip(keys, ("before the prox", "after"), ("white", None)):
+                    values = [getattr(fold, key).item() for fold in folds]
+                    axis.plot(positions, values, "o-", color=figures.COLOURS["unet"], mfc=fill, label=label)
+                axis.set_title(title)
+            axes[0, 1].legend(fontsize=8)
+        for axis in axes[0]:
+            axis.set(xticks=positions, xlabel="fold")
+        figure.tight_layout()
+        file = io.BytesIO()
+        figure.savefig(file)
+        plt.close(figure)
+    return file.getvalue()

@@ -1,0 +1,294 @@
+"""Plots and tables of the notebooks: every function takes data and returns a matplotlib Figure (or HTML).
+
+Figures have a white background of their own, so that images look alike in a light and a dark page, and are
+drawn small with large type, so that they can still be read on a telephone."""
+
+import functools
+import html
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.ticker import MaxNLocator
+
+from companion.settings import METHODS, TASKS
+from companion.tables import minutes
+from flowlib.images import to_uint8
+from flowlib.metrics import psnr
+
+# Okabe and Ito's colour-blind-safe palette: one colour a method, everywhere.
+COLOURS = {"resnet": "#E69F00", "unet": "#0072B2", "glow": "#009E73", "glow-noisy": "#CC79A7"}
+GREY, INK = "#8A8A8A", "#222222"
+WIDTH = 5.2
+STYLE = {
+    "figure.dpi": 136,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "font.size": 10.5,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "text.color": INK,
+}
+
+
+def styled(plot):
+    """Draws with STYLE, and takes the figure from pyplot, so that a notebook shows it once: as the cell's value."""
+
+    @functools.wraps(plot)
+    def wrapper(*args, **kwargs):
+        with plt.rc_context(STYLE):
+            figure = plot(*args, **kwargs)
+            figure.canvas.draw()  # lays the figure out while the style is in force
+        plt.close(figure)
+        return figure
+
+    return wrapper
+
+
+def pixels(image):
+    """One image, uint8 (H, W, 3) or a tensor (3, H, W) in [-0.5, 0.5], as uint8 (H, W, 3)."""
+    return to_uint8(image[None])[0] if isinstance(image, torch.Tensor) else np.asarray(image)
+
+
+@styled
+def image_grid(columns, below=None, row_labels=None):
+    """Images side by side: {title: images of one column}. below: {title: one text an image}, row_labels: one a row."""
+    num_rows, num_columns = max(map(len, columns.values())), len(columns)
+    texts = below is not None
+    height = num_rows * (0.97 * WIDTH / num_columns + 0.2 * texts) + 0.3
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=(WIDTH, height), squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    for column, (title, images) in zip(axes.T, columns.items()):
+        column[0].set_title(title, fontsize=11 if num_columns < 5 else 9)
+        for row, axis in enumerate(column):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if row >= len(images):
+                continue
+            axis.imshow(pixels(images[row]), interpolation="nearest")
+            if texts and title in below:
+                axis.set_xlabel(below[title][row], labelpad=2, fontsize=10.5 if num_columns < 5 else 9)
+    for label, axis in zip(row_labels or [], axes[:, 0]):
+        axis.set_ylabel(label)
+    return figure
+
+
+def examples(images, y, estimates):
+    """One row an image: measurement y, the estimate of each method, original; PSNR below."""
+    x = images[: len(y)]
+    columns = {"measurement": y} | {METHODS[method].short: x_hat for method, x_hat in estimates.items()}
+    below = {title: [f"{value:.1f} dB" for value in psnr(column, x)] for title, column in columns.items()}
+    return image_grid(columns | {"original": x}, below=below)
+
+
+def mosaic(images, num_columns, gap=2):
+    """Images of one size as one image, num_columns a row, uint8 (H, W, 3)."""
+    tiles = [np.pad(pixels(i), ((gap, gap), (gap, gap), (0, 0)), constant_values=255) for i in images]
+    rows = [np.concatenate(tiles[i : i + num_columns], axis=1) for i in range(0, len(tiles), num_columns)]
+    rows[-1] = np.pad(rows[-1], ((0, 0), (0, rows[0].shape[1] - rows[-1].shape[1]), (0, 0)), constant_values=255)
+    return np.concatenate(rows)
+
+
+@styled
+def contact_sheet(images, num_columns=8):
+    """Images of one size, num_columns a row."""
+    sheet = mosaic(images, num_columns)
+    figure, axis = plt.subplots(figsize=(WIDTH, WIDTH * sheet.shape[0] / sheet.shape[1]))
+    axis.imshow(sheet, interpolation="nearest")
+    axis.axis("off")
+    return figure
+
+
+@styled
+def training_curve(history, ylabel):
+    """Loss of the last batch and validation loss over images seen; history: rows as in a record."""
+    seen = [row["images_seen"] for row in history]
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2))
+    axis.plot(seen, [row["loss"] for row in history], color=GREY, label="one training batch")
+    axis.plot(seen, [row["val_loss"] for row in history], color=COLOURS["glow"], marker="o", label="validation")
+    axis.set(xlabel="images seen", ylabel=ylabel)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.legend()
+    return figure
+
+
+@styled
+def lines(positions, values, xlabel, ylabel):
+    """One line for each name: values = {name: numbers at the positions}."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2))
+    for (name, numbers), colour in zip(values.items(), COLOURS.values()):
+        axis.plot(positions, numbers, color=colour, marker="o", label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, xticks=positions, ylim=(0, None))
+    axis.legend()
+    return figure
+
+
+@styled
+def fold_curves(records):
+    """PSNR, latent norm and bits per dimension through the folds of flow solvers, one column a record."""
+    quantities = {"psnr": "PSNR, dB", "latent_norm": "latent norm", "bits_per_dim": "bits per dimension"}
+    figure, axes = plt.subplots(3, len(records), figsize=(WIDTH, 6.4), squeeze=False, sharex="col")
+    for column, record in zip(axes.T, records):
+        colour, folds = COLOURS[record["method"]], record["folds"]
+        positions = np.arange(1, len(folds) + 1)
+        column[0].set_title(TASKS[record["task"]].label)
+        column[-1].set(xlabel="fold k", xticks=positions)
+        for axis, (key, label) in zip(column, quantities.items()):
+            before, after = ([fold[k] for fold in folds] for k in (f"{key}_tilde", key))
+            path = np.stack([before, after], axis=1).ravel()
+            axis.plot(np.stack([positions - 0.2, positions + 0.2], axis=1).ravel(), path, color=colour, lw=1)
+            axis.plot(positions - 0.2, before, "o", color=colour, mfc="white", label=r"before the prox, $\tilde{x}_k$")
+            axis.plot(positions + 0.2, after, "o", color=colour, label="after the prox, $x_k$")
+            if axis in axes[:, 0]:
+                axis.set_ylabel(label)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+@styled
+def learning_curves(records, paper=None):
+    """Validation quality, −10 log10 of the mean squared error, over images seen and over minutes of training; one row a task,
+    one line a method. paper: {(task, method): PSNR}, drawn as dotted lines in the methods' colours."""
+    records = [r for r in records if r["kind"] == "solver" and len(r["training"]["history"]) > 1]
+    records = [r for r in records if r["method"] in COLOURS]
+    tasks = list(dict.fromkeys(r["task"] for r in records))
+    figure, axes = plt.subplots(len(tasks), 2, figsize=(WIDTH, 0.6 + 2.6 * len(tasks)), squeeze=False, sharey="row")
+    for row, task in zip(axes, tasks):
+        for r in (r for r in records if r["task"] == task):
+            history = [h for h in r["training"]["history"] if h["val_loss"]]
+            quality = [-10 * np.log10(h["val_loss"]) for h in history]
+            style = dict(ms=3, lw=1.4, color=COLOURS[r["method"]], label=METHODS[r["method"]].short)
+            row[0].plot([h["images_seen"] / 1000 for h in history], quality, "o-", **style)
+            row[1].plot([minutes(h) for h in history], quality, "o-", **style)
+        for (of, method), value in (paper or {}).items():
+            if of == task and method in COLOURS:
+                for axis in row:
+                    axis.axhline(value, color=COLOURS[method], ls=":", lw=1.2)
+        row[0].set(ylabel="validation, dB")
+        row[0].set_title(TASKS[task].label, loc="left")
+    axes[-1, 0].set_xlabel("thousand images seen")
+    axes[-1, 1].set_xlabel("minutes of training")
+    handles = {text: handle for axis in axes[:, 0] for handle, text in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=9.5)
+    return figure
+
+
+def paper_and_ours():
+    marks = (("D", "white", "paper"), ("o", INK, "ours, 95 % interval"))
+    return [plt.Line2D([], [], color=INK, marker=m, mfc=fill, ls="none", label=text) for m, fill, text in marks]
+
+
+@styled
+def psnr_dots(records, paper):
+    """Mean PSNR with its 95 % interval for every run of Table I beside the paper's number; one panel a task.
+
+    records: of one experiment; paper: {(task, method): PSNR}, see tables.paper_table."""
+    tasks = list(dict.fromkeys(task for task, _ in paper))
+    ours = {(r["task"], r["method"]): r["psnr"] for r in records if r["kind"] == "solver"}
+    rows = [[m for m in COLOURS if (task, m) in paper or (task, m) in ours] for task in tasks]
+    heights = [0.85 + 0.25 * len(methods) for methods in rows]
+    size = (WIDTH, 0.7 + sum(heights))
+    figure, axes = plt.subplots(len(tasks), figsize=size, squeeze=False, height_ratios=heights)
+    figure.get_layout_engine().set(hspace=0.06)
+    for axis, task, methods in zip(axes[:, 0], tasks, rows):
+        for row, method in enumerate(methods):
+            style = dict(color=COLOURS[method], markersize=8, linestyle="none")
+            if (task, method) in paper:
+                axis.plot(paper[task, method], row, "D", mfc="white", mew=1.8, **style)
+            if (task, method) in ours:
+                value = ours[task, method]
+                axis.errorbar(value["mean"], row, xerr=value["half_width"], fmt="o", capsize=4, **style)
+        axis.set(yticks=range(len(methods)), yticklabels=[METHODS[m].short for m in methods])
+        axis.set_ylim(len(methods) - 0.4, -0.6)
+        axis.set_title(TASKS[task].label, loc="left")
+        axis.margins(x=0.08)
+    axes[-1, 0].set_xlabel("mean PSNR, dB")
+    figure.legend(handles=paper_and_ours(), loc="outside upper center", ncols=2)
+    return figure
+
+
+@styled
+def response_dots(rows):
+    """How strongly each kind of input answers to shrinkage, one marker a scale rule: rows of benchmarks/stability.json."""
+    rows = [row for row in rows if "inputs" in row]  # not those that diverged
+    names = list(rows[0]["inputs"])
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.42 * len(names)))
+    for row, marker, colour in zip(rows, "sDov^P", [GREY, INK, *COLOURS.values()]):
+        response = [row["inputs"][name]["response"]["0.01"] or np.nan for name in names]  # None: not finite
+        axis.plot(response, range(len(names)), marker, color=colour, label=row["rule"], alpha=0.85)
+    axis.set(xscale="log", xlabel="change of the image / λ", yticks=range(len(names)), yticklabels=names)
+    axis.invert_yaxis()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+@styled
+def roofline(rows, machine):
+    """GFLOP/s of each convolution over its arithmetic intensity, under the limits measured on the same machine: rows and
+    machine as in benchmarks/speed.json."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.8))
+    intensity = np.geomspace(2, 2000, 100)
+    for dtype, colour in (("float32", COLOURS["unet"]), ("bfloat16", COLOURS["resnet"])):
+        limit = np.minimum(machine["matmul_gflops"][dtype], machine["bandwidth_gb_per_s"] * intensity)
+        axis.plot(intensity, limit, color=colour, lw=1.2, label=f"{dtype}: limit")
+        for conv, marker in (("conv1", "^"), ("conv2", "o"), ("conv3", "v")):
+            points = [r for r in rows if (r["dtype"], r["conv"]) == (dtype, conv)]
+            style = dict(color=colour, mfc="white", label=f"{dtype}: {conv}")
+            axis.plot([r["flops_per_byte"] for r in points], [r["gflops"] for r in points], marker, **style)
+    axis.set(xscale="log", yscale="log", xlabel="operations for each byte moved", ylabel="GFLOP/s")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
+    return figure
+
+
+@styled
+def blur_evidence(rows):
+    """PSNR over kernel size, circular border, rows of benchmarks/blur.json: above, what an inverse that is as good as the
+    paper's solvers at σ_b 5 loses at 8; below, what short trainings reach."""
+    rows = [row for row in rows if row["boundary"] == "circular" and row["kernel_size"] <= 9]
+    trained = [row for row in rows if "trained" in row]
+    figure, axes = plt.subplots(2, figsize=(WIDTH, 6.2), sharex=True)
+    for prox in ("resnet", "unet", "glow"):
+        style = dict(color=COLOURS[prox], marker="o", label=METHODS[prox].short)
+        moved = [row["transferred"][METHODS[prox].label] for row in rows]
+        axes[0].plot([row["kernel_size"] for row in rows], [m["8.0"] - m["5.0"] for m in moved], **style)
+        loss = moved[0]["paper"]["8.0"] - moved[0]["paper"]["5.0"]
+        axes[0].axhline(loss, color=COLOURS[prox], ls=":", lw=1.4)
+        sizes = [row["kernel_size"] for row in trained]
+        axes[1].plot(sizes, [row["trained"][prox]["5.0"] for row in trained], **style)
+        axes[1].axhline(moved[0]["paper"]["5.0"], color=COLOURS[prox], ls=":", lw=1.4)
+    cg = [row["classical"]["5.0"]["conjugate_gradients"]["20"] for row in rows]
+    axes[1].plot([row["kernel_size"] for row in rows], cg, color=GREY, marker="s", label="20 CG steps")
+    axes[0].set(ylabel="change from σ_b 5 to 8, dB", title="a fixed inverse (dotted: the paper's solvers)")
+    axes[1].set(
+        ylabel="PSNR at σ_b 5, dB", title="short trainings (dotted: the paper's solvers)", xlabel="kernel size, pixels"
+    )
+    axes[1].set_xticks([row["kernel_size"] for row in rows])
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9.5)
+    return figure
+
+
+def html_table(rows, caption):
+    """A list of dicts with the same keys as a table for IPython.display.HTML; alike in Lab and in the book."""
+    if not rows:
+        return f"<p>{html.escape(caption)} No run is recorded yet.</p>"
+
+    def line(tag, values):
+        cells = ""
+        for text in map(str, values):
+            wrap = "nowrap" if len(text) < 16 else "normal"
+            cells += f'<{tag} style="text-align: left; white-space: {wrap}">{html.escape(text)}</{tag}>'
+        return f"<tr>{cells}</tr>"
+
+    body = "".join(line("td", row.values()) for row in rows)
+    return (
+        f'<table class="table dataframe"><caption><span class="caption-text">{html.escape(caption)}</span></caption>'
+        f"<thead>{line('th', rows[0])}</thead><tbody>{body}</tbody></table>"
+    )

@@ -1,0 +1,47 @@
+"""Where a number comes from: code, machine and date."""
+
+import datetime
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import flowlib
+from companion.paths import ROOT
+
+
+def provenance():
+    """Commit (with "+" where the tree had changes), versions, hardware and date, as a JSON-able dict."""
+    return dict(
+        commit=_commit(),
+        flowlib=flowlib.__version__,
+        torch=torch.__version__,
+        hardware=_hardware(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _commit():
+    def git(*args):
+        return subprocess.run(
+            ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _hardware():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"

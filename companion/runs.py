@@ -1,0 +1,142 @@
+"""The runs of an experiment, as notebooks and commands ask for them: what is made already is loaded, what is kept with the code
+and fits is restored, and what is missing is trained."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from companion import records
+from companion.experiment import Experiment
+from companion.paths import RESULTS
+from companion.provenance import provenance
+from companion.settings import Run, evaluation_code
+from companion.training import model_path, train
+from flowlib import load_checkpoint
+from flowlib.checkpoints import load_tensors, save_checkpoint
+from flowlib.training import Diverged
+
+
+def ensure(experiment: Experiment, run: Run, retrain: bool = False) -> dict:
+    """The record of a run: what is missing of it, and of the run that it starts from, is made first, with a progress bar.
+
+    retrain: kept models are not used. Several processes may ask for the same run: one makes it. A run that diverged has a
+    record too, of kind "failed"."""
+    if run.start:
+        ensure(experiment, run.start, retrain)
+    with _locked(experiment.directory(run) / "lock"):
+        record = _finished(experiment, run) or (None if retrain else _restored(experiment, run))
+        if record is None:
+            return _make(experiment, run)
+        return record if _is_current(record) else _evaluate(experiment, run)
+
+
+def load(experiment: Experiment, run: Run):
+    """The trained model of a run that ensure() has made: a Glow, or an UnfoldedPGD. FileNotFoundError where it diverged."""
+    return load_checkpoint(model_path(experiment, run)).requires_grad_(False)
+
+
+def records_of_build(experiment: Experiment) -> list[dict]:
+    """The records of the runs of this experiment that this build has, those of its settings and of today's code alone."""
+    found = [_finished(experiment, run) for run in experiment.runs().values()]
+    folder = experiment.build / "runs" / experiment.key / experiment.names["edition"]
+    return [record for record in [*found, *map(_read, sorted(folder.glob("classical-*.json")))] if record]
+
+
+def is_finished(experiment: Experiment, run: Run) -> bool:
+    """Whether this build has its record."""
+    return _finished(experiment, run) is not None
+
+
+def kept_place(experiment: Experiment, run: Run) -> tuple[Path, Path]:
+    """Where the record and the model of this run lie, if they are kept with the code."""
+    place = experiment.place(run)
+    return RESULTS / "runs" / f"{place}.json", RESULTS / "checkpoints" / f"{place}.safetensors"
+
+
+@contextmanager
+def _locked(path) -> Iterator[None]:
+    """Waits for its turn; the kernel frees the lock of a process that was killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path):
+    return records.read([path])[0] if path.exists() else None
+
+
+def _fits(record, run, experiment):
+    """Whether a record is of these settings and of these images."""
+    pixels = experiment.images().manifest["pixels_sha256"]
+    return record["settings_hash"] == run.settings_hash and record["data"]["pixels_sha256"] == pixels
+
+
+def _finished(experiment, run):
+    """The record in the run's folder, if it is of these images."""
+    record = _read(experiment.directory(run) / "record.json")
+    return record if record and _fits(record, run, experiment) else None
+
+
+def _is_current(record):
+    """Whether today's code would evaluate to the same. What is kept with the code is checked by `verify`."""
+    return record["kind"] == "failed" or record.get("kept") or record["evaluation_code"] == evaluation_code()
+
+
+def _restored(experiment, run):
+    record_path, kept_model = kept_place(experiment, run)
+    record = _read(record_path)
+    if not record or not kept_model.exists() or not _fits(record, run, experiment):
+        return None
+    shutil.copy(kept_model, model_path(experiment, run))
+    record["kept"] = True
+    records.write(experiment.directory(run) / "record.json", record)
+    return record
+
+
+def _make(experiment, run):
+    started = provenance()
+    directory = experiment.directory(run)
+    try:
+        model, summary = train(experiment, run)
+    except Diverged as error:
+        # A run that diverged is a result too.
+        model_path(experiment, run).unlink(missing_ok=True)
+        return records.write_failed(experiment, run, directory, str(error), error.summary, started)
+    info = {"summary": summary, "provenance": started, "settings": run.as_dict()}
+    save_checkpoint(model_path(experiment, run), model, **info)
+    return _evaluate(experiment, run)
+
+
+def _evaluate(experiment, run):
+    directory = experiment.directory(run)
+    info = load_tensors(model_path(experiment, run))[1]["info"]
+    record = records.evaluate(experiment, run, load(experiment, run), info["summary"], info["provenance"])
+    records.write(directory / "record.json", record)
+    (directory / "resume.safetensors").unlink(missing_ok=True)  # not before: whoever is killed need not train again
+    return record
+
+
+def publish(experiment: Experiment, run: Run, ship: bool = False) -> Path:
+    """Copies the record of a finished run to results/, to be kept with the code; with ship, its model too, small."""
+    record = _read(experiment.directory(run) / "record.json")
+    if not record:
+        raise FileNotFoundError(f"{run.name} is not finished in {experiment.build}: make it first (python -m companion run)")
+    record_path, kept_model = kept_place(experiment, run)
+    record.pop("kept", None)
+    records.write(record_path, record)
+    if ship:
+        save_checkpoint(kept_model, load(experiment, run), torch.float16, settings=run.as_dict())
+    return record_path
+
+
+def kept_experiments() -> Iterator[tuple[dict, Path]]:
+    """(record, model file) of every model that is kept with the code."""
+    for path in sorted((RESULTS / "checkpoints").rglob("*.safetensors")):
+        place = path.relative_to(RESULTS / "checkpoints").with_suffix(".json")
+        yield json.loads((RESULTS / "runs" / place).read_text(encoding="utf-8")), path

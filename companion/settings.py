@@ -1,0 +1,277 @@
+"""What is run: the editions of the paper, their tasks and methods, and profiles, which say how much of it. All settings that a
+run's numbers depend on come together in a `Run`, whose hash names its folder."""
+
+import ast
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+
+from companion.paths import ROOT
+from flowlib import Blur, Denoising, Inpainting, LinearOperator
+from flowlib.training import Training
+
+
+@dataclass(frozen=True)
+class Edition:
+    """A protocol: number of folds K and numbers of images. held_out: size of each of the validation and test pools that
+    no training ever sees; larger than v1 needs, so that v1's test images are among v2's."""
+
+    num_folds: int
+    train: int
+    val: int
+    test: int
+    held_out: int
+
+
+EDITIONS = {
+    "v1": Edition(num_folds=5, train=992, val=200, test=200, held_out=500),
+    # The paper's 23,000/1,500/1,500 scaled to the first 10,000 images of CelebA.
+    "v2": Edition(num_folds=4, train=9000, val=500, test=500, held_out=500),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A column of Table I. parameters: of its operator; ood_parameters: those that differ where Table III of v2 tests with
+    measurements out of distribution; setting, ood_setting: what the paper calls them; editions: those that have it."""
+
+    kind: str
+    operator: type[LinearOperator]
+    parameters: dict
+    setting: str
+    editions: tuple[str, ...] = ("v1", "v2")
+    ood_parameters: dict = field(default_factory=dict)
+    ood_setting: str | None = None
+
+    def make_operator(self, image_size: int, **changes: float) -> LinearOperator:
+        """The operator for square images of this size; changes: other parameters, such as ood_parameters."""
+        extra = {"image_size": image_size} if self.operator is Inpainting else {}
+        return self.operator(**self.parameters | changes, **extra)
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind}, {self.setting}"
+
+
+TASKS = {
+    "denoising": Task(
+        "denoising", Denoising, {"sigma": 0.2}, "σₙ = 0.2", ood_parameters={"sigma": 0.25}, ood_setting="σₙ = 0.25"
+    ),
+    "denoising-0.1": Task("denoising", Denoising, {"sigma": 0.1}, "σₙ = 0.1", editions=("v1",)),
+    "inpainting": Task(
+        "inpainting", Inpainting, {"mask_size": 19}, "W = 19", ood_parameters={"mask_size": 16}, ood_setting="W = 16"
+    ),
+    "deblurring": Task(
+        "deblurring", Blur, {"sigma_b": 5.0}, "σ_b = 5", ood_parameters={"sigma_b": 8.0}, ood_setting="σ_b = 8"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the paper's tables. network: of the prox; start: what every fold starts from, a pre-trained "flow",
+    "flow-noisy" or "denoiser", or None, fresh weights; frozen: only the step sizes are trained; editions and tasks: where the
+    paper (or, for glow-noisy, we) have it; short: the label where there is little room."""
+
+    label: str
+    short: str
+    network: str
+    start: str | None = None
+    frozen: bool = False
+    editions: tuple[str, ...] = ("v1", "v2")
+    tasks: tuple[str, ...] = tuple(TASKS)
+
+
+_NOT_DENOISING = ("inpainting", "deblurring")
+METHODS = {
+    "resnet": Method("ResNet prox", "ResNet", "resnet"),
+    "resnet-denoiser": Method(
+        "ResNet prox (pre-trained denoiser)", "ResNet, denoiser", "resnet", "denoiser", False, ("v2",), _NOT_DENOISING
+    ),
+    "unet": Method("U-Net prox", "U-Net", "unet"),
+    "unet-denoiser": Method(
+        "U-Net prox (pre-trained denoiser)", "U-Net, denoiser", "unet", "denoiser", False, ("v2",), _NOT_DENOISING
+    ),
+    "glow": Method("GLOW prox", "GLOW", "glow", "flow"),
+    # Our extension: the flow pre-trained on images with added noise (book/choices.md).
+    "glow-noisy": Method("GLOW prox (noise-augmented pre-training)", "GLOW, noisy", "glow", "flow-noisy"),
+    "glow-frozen": Method("GLOW prox (plug-and-play)", "GLOW, plugged in", "glow", "flow", True, ("v2",)),
+    "glow-scratch": Method("GLOW prox (from scratch)", "GLOW, scratch", "glow", None, False, ("v1",)),
+}
+# The images out of distribution that go with a data set.
+OOD_IMAGES = {"celeba": "anime", "synthetic": "synthetic-ood"}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is done: sizes of the networks and of the trainings. unfolding is keyed by method or, for all methods that have
+    it, network; methods: those of Table I that `make book` trains; images: overrides of the edition's."""
+
+    flow: dict
+    unet: dict
+    resnet: dict
+    pretraining: Training
+    noisy_pretraining: Training
+    unfolding: dict[str, Training]
+    images: dict = field(default_factory=dict)
+    methods: tuple[str, ...] = tuple(METHODS)
+
+
+_FEW = ("resnet", "unet", "glow", "glow-noisy", "glow-frozen")
+PROFILES = {
+    "smoke": Profile(
+        flow=dict(num_levels=2, num_steps=1, hidden_channels=8),
+        unet=dict(width=2),
+        resnet=dict(width=4, num_blocks=1),
+        pretraining=Training(num_steps=4, batch_size=8, lr=1e-3, validate_every=2, bf16=False),
+        noisy_pretraining=Training(num_steps=2, batch_size=8, lr=1e-3, validate_every=2, bf16=False),
+        unfolding={
+            network: Training(num_steps=4, batch_size=4, lr=1e-3, validate_every=2, bf16=False)
+            for network in ("glow", "unet", "resnet")
+        },
+        images=dict(train=16, val=8, test=8, held_out=8),
+        methods=_FEW,
+    ),
+    "demo": Profile(
+        flow=dict(num_levels=3, num_steps=4, hidden_channels=64, last_level_steps=4),
+        unet=dict(width=8),
+        resnet=dict(width=32),
+        pretraining=Training(num_steps=500, batch_size=16, lr=1e-3),
+        noisy_pretraining=Training(num_steps=150, batch_size=16, lr=1e-3),
+        unfolding={
+            "glow": Training(num_steps=80, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=40, warmup_steps=20),
+            "glow-frozen": Training(num_steps=20, batch_size=8, lr=0.0, warmup_steps=5, validate_every=10),
+            "unet": Training(num_steps=120, batch_size=8, lr=2e-3, validate_every=40, warmup_steps=20),
+            "resnet": Training(num_steps=100, batch_size=8, lr=2e-3, validate_every=50, warmup_steps=20),
+        },
+        images=dict(train=1024, val=64, test=64, held_out=64),
+        methods=_FEW,
+    ),
+    # Minutes on one core: the first recorded runs.
+    "short": Profile(
+        flow=dict(num_levels=3, num_steps=8, hidden_channels=64, last_level_steps=4),
+        unet=dict(width=8),
+        resnet=dict(width=64),
+        pretraining=Training(num_steps=5000, batch_size=32, lr=1e-3, validate_every=250),
+        noisy_pretraining=Training(num_steps=1200, batch_size=32, lr=5e-4, validate_every=200),
+        unfolding={
+            "glow": Training(
+                num_steps=250, batch_size=8, lr=2e-4, clip_norm=0.1, warmup_steps=20, validate_every=50, val_images=100
+            ),
+            "glow-frozen": Training(
+                num_steps=60, batch_size=8, lr=0.0, warmup_steps=10, validate_every=20, val_images=100
+            ),
+            "unet": Training(num_steps=1500, batch_size=8, lr=1e-3, validate_every=300),
+            "resnet": Training(num_steps=800, batch_size=8, lr=1e-3, validate_every=160),
+        },
+    ),
+    # Most of an hour a run on one core.
+    "cpu": Profile(
+        flow=dict(num_levels=4, num_steps=8, hidden_channels=(64, 96, 128, 128), last_level_steps=8),
+        unet=dict(width=24),
+        resnet=dict(width=64),
+        pretraining=Training(num_steps=8000, batch_size=32, lr=1e-3, validate_every=400, mirror=True),
+        noisy_pretraining=Training(num_steps=2500, batch_size=32, lr=5e-4, validate_every=250, mirror=True),
+        unfolding={
+            "glow": Training(num_steps=2500, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=125, mirror=True),
+            "glow-frozen": Training(
+                num_steps=100, batch_size=8, lr=0.0, warmup_steps=10, validate_every=20, mirror=True
+            ),
+            "unet": Training(num_steps=6000, batch_size=8, lr=1e-3, validate_every=300, mirror=True),
+            "resnet": Training(num_steps=6000, batch_size=8, lr=5e-4, validate_every=300, mirror=True),
+        },
+    ),
+    "paper": Profile(
+        flow=dict(num_levels=4, num_steps=18, hidden_channels=512),
+        unet=dict(width=64),
+        resnet=dict(width=128),
+        pretraining=Training(num_steps=200_000, batch_size=32, lr=1e-4, cosine=False, validate_every=1000),
+        noisy_pretraining=Training(num_steps=50_000, batch_size=32, lr=1e-4, cosine=False, validate_every=1000),
+        unfolding={
+            network: Training(
+                num_steps=100_000, batch_size=8, lr=1e-5, shrinkage=0.01, cosine=False, validate_every=500, bf16=False
+            )
+            for network in ("glow", "unet", "resnet")
+        },
+    ),
+}
+OVERRIDES = ("num_folds", "flow", "unet", "resnet", "num_steps", "lr", "batch_size")
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the numbers of one training depend on, the images and the code apart. kind: "flow", "denoiser" or "solver";
+    name: of its folder; network: which, and its configuration; start: the Run whose weights it starts from."""
+
+    kind: str
+    name: str
+    dataset: str
+    seed: int
+    images: dict
+    network: str
+    config: dict
+    training: Training
+    start: "Run | None" = None
+    noisy: bool = False
+    task: str | None = None
+    operator: dict | None = None
+    method: str | None = None
+    frozen: bool = False
+    edition: str | None = None
+    num_folds: int | None = None
+
+    def as_dict(self) -> dict:
+        """What a record keeps; the run that this one starts from stands as its hash."""
+        content = asdict(replace(self, start=None)) | {"start": self.start and self.start.settings_hash}
+        return json.loads(json.dumps(content))
+
+    @functools.cached_property
+    def settings_hash(self) -> str:
+        """Ten hexadecimal digits of the settings. How often a run saves itself changes no number."""
+        content = self.as_dict()
+        del content["training"]["checkpoint_minutes"]
+        return _digest(content)
+
+    @property
+    def folder_name(self) -> str:
+        """Name and hash of settings and code: after a change of either, the run is another one, in another folder."""
+        return f"{self.name}-{_digest([self.settings_hash, training_code()])}"
+
+
+def _digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+@functools.cache
+def training_code() -> str:
+    """Hash of the code that trained weights depend on."""
+    method = ("layers", "glow", "reversible", "operators", "prox", "solver", "training", "images")
+    return _code_hash([*(f"flowlib/{name}.py" for name in method), "companion/training.py"])
+
+
+@functools.cache
+def evaluation_code() -> str:
+    """Hash of the code that the numbers of a trained model depend on."""
+    return _digest([training_code(), _code_hash(["flowlib/metrics.py", "companion/records.py"])])
+
+
+def _code_hash(files) -> str:
+    """Comments, docstrings and layout do not count."""
+    trees = []
+    for name in files:
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                if isinstance(getattr(body[0].value, "value", None), str):
+                    node.body = body[1:]
+        trees.append(ast.dump(tree))
+    return _digest(trees)
+
+
+def choose(table: dict, key: str, what: str):
+    """table[key], or a ValueError that names the choices."""
+    if key not in table:
+        raise ValueError(f"unknown {what} {key!r}; choose one of: {', '.join(table)}")
+    return table[key]

@@ -1,0 +1,418 @@
+"""The paper's tables with our numbers beside them, and what follows from both. All numbers come from records."""
+
+import csv
+from typing import NamedTuple
+
+import numpy as np
+
+from companion.files import write_csv, write_text
+from companion.paths import RESULTS
+from companion.records import comparison, mean_and_interval, recorded
+from companion.runs import records_of_build
+from companion.settings import METHODS, TASKS
+
+
+class PaperTable(NamedTuple):
+    """One of the paper's tables: its title; which evaluation of a record holds our numbers (None: that on test images); and
+    the pairs of methods whose order the paper's text draws conclusions from."""
+
+    title: str
+    evaluation: str | None
+    pairs: tuple
+
+
+_PROXES = (("glow", "unet"), ("glow", "resnet"))
+_DENOISERS = (("unet-denoiser", "unet"), ("resnet-denoiser", "resnet"))
+PAPER_TABLES = {
+    ("I", "v2"): PaperTable("Three proximal mappings", None, (*_PROXES, *_DENOISERS)),
+    ("II", "v2"): PaperTable("The adapted prior against plug-and-play", None, (("glow", "glow-frozen"),)),
+    ("III", "v2"): PaperTable("Measurements out of distribution", "ood_measurements", _PROXES),
+    ("IV", "v2"): PaperTable("Images out of distribution", "ood_images", _PROXES),
+    ("I", "v1"): PaperTable("Three proximal mappings", None, _PROXES),
+    ("II", "v1"): PaperTable("Images out of distribution", "ood_images", _PROXES),
+    ("III", "v1"): PaperTable("Pre-trained against from scratch", None, (("glow", "glow-scratch"),)),
+}
+
+
+def paper_table(table: str, edition: str) -> dict:
+    """{(task, method): PSNR in dB} of one of the paper's tables."""
+    with open(RESULTS / "paper.csv", newline="", encoding="utf-8") as f:
+        rows = [r for r in csv.DictReader(f) if (r["table"], r["edition"]) == (table, edition)]
+    return {(r["task"], r["method"]): float(r["psnr_db"]) for r in rows}
+
+
+def setting(task: str, evaluation: str | None = None) -> str:
+    """What the paper calls the setting of a task, for one of the evaluations."""
+    return TASKS[task].ood_setting if evaluation == "ood_measurements" else TASKS[task].setting
+
+
+def part(record: dict, evaluation: str | None) -> dict | None:
+    """What a record holds of one evaluation: "psnr" and "ssim". Inpainting of measurements out of distribution as the paper
+    words it: only the last fold knows of the other hole (book/choices.md)."""
+    if evaluation == "ood_measurements" and record["task"] == "inpainting":
+        evaluation = "ood_measurements_last_fold"
+    return record if evaluation is None else record.get(evaluation)
+
+
+def outcomes(records: list[dict], evaluation: str | None = None) -> dict:
+    """{(task, method): record} of the solvers that have this evaluation, and of those that diverged."""
+    return {
+        (r["task"], r["method"]): r
+        for r in records
+        if r["kind"] == "failed" or (r["kind"] == "solver" and part(r, evaluation))
+    }
+
+
+def plus_minus(value: dict, digits: int = 2) -> str:
+    """ "12.34 ± 0.56", with spaces that do not break."""
+    if value["half_width"] is None:
+        return "not finite" if value["mean"] is None else f"{value['mean']:.{digits}f}"
+    lost = f" ({value['not_finite']} not finite)" if "not_finite" in value else ""
+    return f"{value['mean']:.{digits}f}\u00a0±\u00a0{value['half_width']:.{digits}f}{lost}"
+
+
+def minutes(training: dict) -> float:
+    """Of the processor, which others on the machine do not lengthen, where they were counted."""
+    return (training.get("cpu_seconds") or training["seconds"]) / 60
+
+
+def below_measurement(record: dict) -> int:
+    """How many test images end below their measurement."""
+    pairs = zip(record["psnr"]["values"], record["psnr_measurement"]["values"])
+    return sum(ours is None or ours < before for ours, before in pairs)
+
+
+def best_classical(task: str, records: list[dict]) -> dict | None:
+    """The record of the best classical method of a task, the measurement itself apart."""
+    found = [r for r in records if r["kind"] == "classical" and r["task"] == task and not r["name"].endswith("-measurement")]
+    return max(found, key=lambda r: r["psnr"]["mean"], default=None)
+
+
+def too_little_training(record: dict, records: list[dict]) -> str:
+    """Why no claim is made against a solver: "below its measurement" or "below a classical method"; "" where neither holds.
+
+    A flow that is only plugged in is meant to be as bad as it is, and a classical method that is above all of the paper's
+    solvers too (deblurring without noise) says nothing of a training."""
+    if record["kind"] == "failed":
+        return "diverged"
+    if METHODS[record["method"]].frozen:
+        return ""
+    if record["psnr"]["mean"] is None or record["psnr"]["mean"] < record["psnr_measurement"]["mean"]:
+        return "below its measurement"
+    classical = best_classical(record["task"], records)
+    printed = paper_table("I", record["experiment"]["edition"])
+    best_printed = max(value for (task, _), value in printed.items() if task == record["task"])
+    if classical and record["psnr"]["mean"] < classical["psnr"]["mean"] < best_printed:
+        return "below a classical method"
+    return ""
+
+
+def table(name: str, edition: str, records: list[dict]) -> list[dict]:
+    """Rows of one of the paper's tables: its number beside ours. Table I also has the measurement and the best classical
+    method; our extension, glow-noisy, gets a row wherever the paper compares proximal mappings."""
+    paper, evaluation = paper_table(name, edition), PAPER_TABLES[name, edition].evaluation
+    ours, rows = outcomes(records, evaluation), []
+    for task in dict.fromkeys(key[0] for key in paper):
+        compared = [method for of, method in paper if of == task]
+        head = {"Task": TASKS[task].kind, "Setting": setting(task, evaluation)}
+        if evaluation is None and name == "I":
+            rows += [head | row for row in _without_training(task, records)]
+        for method in [*compared, *(["glow-noisy"] if "unet" in compared else [])]:
+            printed = {"Method": METHODS[method].label, "Paper, dB": f"{paper.get((task, method), np.nan):.2f}".replace("nan", "–")}
+            rows.append(head | printed | _ours(ours.get((task, method)), evaluation, records))
+    return rows
+
+
+_NOT_RUN = {
+    "Ours, dB": "not run",
+    "Worst image": "–",
+    "Below measurement": "–",
+    "SSIM": "–",
+    "Images seen": "–",
+    "Training": "–",
+    "Remark": "–",
+}
+
+
+def _ours(record, evaluation, records):
+    """What a row says of our run."""
+    if record is None:
+        return _NOT_RUN
+    trained = {
+        "Images seen": f"{record['training']['images_seen']:,}",
+        "Training": f"{minutes(record['training']):.1f} min",
+    }
+    if record["kind"] == "failed":
+        return _NOT_RUN | trained | {"Ours, dB": "diverged", "Remark": "diverged"}
+    found = part(record, evaluation)
+    finite = [v for v in found["psnr"]["values"] if v is not None]
+    return (
+        _NOT_RUN
+        | trained
+        | {
+            "Ours, dB": plus_minus(found["psnr"]),
+            "Worst image": f"{min(finite, default=np.nan):.1f}",
+            "Below measurement": f"{below_measurement(record)} of {len(finite)}" if evaluation is None else "–",
+            "SSIM": plus_minus(found["ssim"], 3).split("\u00a0")[0],
+            "Remark": too_little_training(record, records) or "–",
+        }
+    )
+
+
+def _without_training(task, records):
+    """The rows of the measurement and of the best classical method."""
+    measurement = next(
+        (r for r in records if r["kind"] == "classical" and r["task"] == task and r["name"].endswith("-measurement")), None
+    )
+    for label, r in (("Measurement", measurement), ("Best classical", best_classical(task, records))):
+        if r:
+            label = label if label == "Measurement" else f"{label}: {r['method']}"
+            numbers = {"Ours, dB": plus_minus(r["psnr"]), "SSIM": f"{r['ssim']['mean']:.3f}"}
+            worst = {"Worst image": f"{min(r['psnr']['values']):.1f}"}
+            yield {"Method": label, "Paper, dB": "–"} | _NOT_RUN | numbers | worst
+
+
+def provenance_rows(records):
+    """One row a run: what made it, on what, when and in what time. Classical methods have no training."""
+    return [
+        {
+            "Run": r["name"],
+            "Edition": r["experiment"]["edition"],
+            "Settings": r.get("settings_hash", "–"),
+            "Commit": made["commit"],
+            "Profile": r["experiment"]["profile"],
+            "Data set": r["experiment"]["dataset"],
+            "Seed": r["experiment"]["seed"],
+            "Hardware": made["hardware"],
+            "Date": made["date"][:10],
+            "Training": f"{minutes(r['training']):.1f} min" if "training" in r else "–",
+            "Steps": f"{r['training']['steps']:,}" if "training" in r else "–",
+            "Parameters": f"{r['num_parameters']:,}" if "num_parameters" in r else "–",
+        }
+        for r in records
+        for made in [r.get("trained") or r["evaluated"]]
+    ]
+
+
+class Comparison(NamedTuple):
+    """Two methods of one task: mean of the paired differences in dB over images and seeds, half the width of its 95 %
+    interval, the paper's difference (None where it has none), the number of seeds, and why no claim is made ("" otherwise)."""
+
+    difference: float
+    half_width: float
+    paper: float | None
+    num_seeds: int
+    reason: str
+
+
+def compare(records: list[dict], name: str, edition: str, task: str, first: str = "glow", second: str = "unet"):
+    """How far method `first` is above `second` in one of the paper's tables, or None where one of the runs is missing.
+
+    records: of one seed, or of several: then an image's difference is its mean over seeds, and the spread of the seeds'
+    means widens the interval."""
+    paper, evaluation = paper_table(name, edition), PAPER_TABLES[name, edition].evaluation
+    by_seed, reasons = [], []
+    for seed in sorted({r["experiment"]["seed"] for r in records}):
+        ours = outcomes([r for r in records if r["experiment"]["seed"] == seed], evaluation)
+        pair = [ours.get((task, method)) for method in (first, second)]
+        if all(pair):
+            reasons += [too_little_training(r, records) for r in pair]
+            values = [part(r, evaluation)["psnr"]["values"] for r in pair if r["kind"] == "solver"]
+            if len(values) == 2 and None not in values[0] + values[1]:
+                by_seed.append(np.subtract(*values))
+    if not by_seed:
+        return None
+    difference, half_width = mean_and_interval(np.mean(by_seed, axis=0))
+    if len(by_seed) > 1:
+        half_width = float(np.hypot(half_width, mean_and_interval([np.mean(d) for d in by_seed])[1]))
+    in_paper = paper[task, first] - paper[task, second] if {(task, first), (task, second)} <= set(paper) else None
+    reason = next((f"{METHODS[m].short} {r}" for r, m in zip(reasons, (first, second) * len(reasons)) if r), "")
+    return Comparison(difference, half_width, in_paper, len(by_seed), reason)
+
+
+def beside_classical(task, edition, records):
+    """Rows of one task: the paper's best, our best learned solver and the classical methods, from one experiment's records."""
+    paper = {method: value for (of, method), value in paper_table("I", edition).items() if of == task}
+    best = max(paper, key=paper.get)
+    empty = {"PSNR, dB": "not run", "SSIM": "–", "ms an image": "–", "Parameter": "–"}
+    rows = [{"Method": f"Best of the paper: {METHODS[best].label}"} | empty | {"PSNR, dB": f"{paper[best]:.2f}"}]
+
+    def row(label, r):
+        chosen = r.get("parameter")
+        return {
+            "Method": label,
+            "PSNR, dB": plus_minus(r["psnr"]),
+            "SSIM": f"{r['ssim']['mean']:.3f}",
+            "ms an image": f"{r['milliseconds_per_image']:.1f}",
+            "Parameter": f"{chosen['name']} = {chosen['value']:g}" if chosen else "–",
+        }
+
+    here = [r for r in records if r["task"] == task]
+    here = sorted((r for r in here if r["kind"] in ("solver", "classical")), key=lambda r: -r["psnr"]["mean"])
+    learned = next((r for r in here if r["kind"] == "solver"), None)
+    label = "Our best learned"
+    rows.append(row(f"{label}: {METHODS[learned['method']].label}", learned) if learned else {"Method": label} | empty)
+    return rows + [row(r["method"], r) for r in here if r["kind"] == "classical"]
+
+
+def costs(task, records):
+    """Rows of one task: what each learned method of one experiment costs, beside what it gives."""
+    return [
+        {
+            "Method": METHODS[r["method"]].label,
+            "Parameters a fold": f"{r['num_parameters']:,}",
+            "GFLOP an image": f"{r['gflop_per_image']:.2f}" if "gflop_per_image" in r else "–",
+            "ms an image": f"{r['milliseconds_per_image']:.1f}",
+            "Training": f"{minutes(r['training']):.1f} min",
+            "Images seen": f"{r['training']['images_seen']:,}",
+            "Ours, dB": plus_minus(r["psnr"]),
+        }
+        for r in records
+        if r["kind"] == "solver" and r["task"] == task
+    ]
+
+
+def signed(value):
+    """The text "+1.20" or "−1.20", with a true minus sign."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def verdict(pair: Comparison) -> str:
+    """In words, whether a paired difference has the sign of the paper's."""
+    if pair.reason:
+        return f"no claim: {pair.reason}"
+    if abs(pair.difference) < pair.half_width:
+        return "not distinguishable"
+    return "replicated" if pair.difference * pair.paper > 0 else "the opposite"
+
+
+def claims(name: str, edition: str, records: list[dict]) -> list[dict]:
+    """Rows: every order of methods that one of the paper's tables holds, the paper's difference, ours, and the verdict."""
+    rows = []
+    evaluation = PAPER_TABLES[name, edition].evaluation
+    for task in dict.fromkeys(key[0] for key in paper_table(name, edition)):
+        for first, second in PAPER_TABLES[name, edition].pairs:
+            pair = compare(records, name, edition, task, first, second)
+            if pair and pair.paper is not None:
+                rows.append(
+                    {
+                        "Task": TASKS[task].kind,
+                        "Setting": setting(task, evaluation),
+                        "Claim": f"{METHODS[first].label} over {METHODS[second].label}",
+                        "Paper, dB": signed(pair.paper),
+                        "Ours, dB": f"{signed(pair.difference)} ± {pair.half_width:.2f}",
+                        "Seeds": pair.num_seeds,
+                        "Verdict": verdict(pair),
+                    }
+                )
+    return rows
+
+
+def every_number(records: list[dict]) -> list[dict]:
+    """Rows: every number of the paper's tables, of both editions, beside ours."""
+    rows = []
+    for (name, edition), about in PAPER_TABLES.items():
+        ours = outcomes([r for r in records if r["experiment"]["edition"] == edition], about.evaluation)
+        for (task, method), value in paper_table(name, edition).items():
+            record = ours.get((task, method))
+            found = part(record, about.evaluation)["psnr"] if record and record["kind"] == "solver" else None
+            rows.append(
+                {
+                    "Edition": edition,
+                    "Table": name,
+                    "Task": TASKS[task].kind,
+                    "Setting": setting(task, about.evaluation),
+                    "Method": METHODS[method].label,
+                    "Paper, dB": f"{value:.2f}",
+                    "Ours, dB": plus_minus(found) if found else "diverged" if record else "not run",
+                    "Difference, dB": signed(found["mean"] - value) if found and found["mean"] is not None else "–",
+                    "Remark": (record and too_little_training(record, records)) or "–",
+                    "Settings": record["settings_hash"] if record else "–",
+                }
+            )
+    return rows
+
+
+def budget(records: list[dict]) -> str:
+    """One sentence on what the runs of a comparison had."""
+    solvers = [r for r in records if r["kind"] == "solver"]
+    names = solvers[0]["experiment"]
+    images = [r["training"]["images_seen"] for r in solvers]
+    times = [minutes(r["training"]) for r in solvers]
+    profiles = " and ".join(f"**{p}**" for p in sorted({r["experiment"]["profile"] for r in solvers}))
+    return (
+        f"Profile {profiles} on **{names['dataset']}**, protocol of edition {names['edition']}: each solver saw "
+        f"{min(images):,} to {max(images):,} training images, in {min(times):.0f} to {max(times):.0f} minutes."
+    )
+
+
+MARKS = {"replicated": "✓", "the opposite": "✗", "not distinguishable": "≈"}
+
+
+def overview(edition: str, records: list[dict]) -> list[str]:
+    """Lines of a Markdown table: every pair of methods that the paper's tables compare, one column a task of Table I."""
+    tasks = list(dict.fromkeys(key[0] for key in paper_table("I", edition)))
+    heads = [TASKS[task].label for task in tasks]
+    lines = ["| Table | First over second | " + " | ".join(heads) + " |", "| --- " * (2 + len(heads)) + "|"]
+    for (name, of), about in PAPER_TABLES.items():
+        for first, second in about.pairs if of == edition else ():
+            cells = []
+            for task in tasks:
+                pair = compare(records, name, edition, task, first, second)
+                if not pair or pair.paper is None:
+                    cells.append("–")
+                    continue
+                mark = MARKS.get(verdict(pair), "?")
+                cells.append(f"{mark} {signed(pair.difference)} ± {pair.half_width:.2f} ({signed(pair.paper)})")
+            if set(cells) != {"–"}:
+                label = f"{METHODS[first].label} over {METHODS[second].label}".replace(" prox", "")
+                lines.append(f"| {name} | {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def findings(records: list[dict]) -> list[str]:
+    """Markdown for the front page: for each edition with recorded solvers its budget and what became of the claims of the paper's
+    tables; then what the flows are like."""
+    lines = [
+        "By how many decibels one method is above another, ours and, in brackets, the paper's. "
+        "✓: the paper's order, ✗: the opposite, ≈: not distinguishable, ?: one of the two is below its own measurement or below "
+        "a classical method, so that no claim is made; –: not run or not in the paper."
+    ]
+    for edition in sorted({r["experiment"]["edition"] for r in records if r["kind"] == "solver"}, reverse=True):
+        run = comparison(records, edition)
+        lines += ["", budget(run) + " This is far below the paper's budget.", "", *overview(edition, run), ""]
+        for r in run:
+            if r["kind"] == "failed":
+                lines += [f"- {METHODS[r['method']].label}, {r['task']}: **diverged** at step {r['training']['steps']}."]
+    lines.append("")
+    for r in records:
+        if r["kind"] == "flow":
+            change = {name: response["0.01"] / 0.01 for name, response in r["shrinkage_response"].items()}
+            lines.append(
+                f"- The flow `{r['name']}` of the profile `{r['experiment']['profile']}`: {plus_minus(r['bits_per_dim'])} bits per "
+                f"dimension of clean test images. Shrinking its latents by 1 + λ (λ = 0.01) moves clean images by "
+                f"{change['natural']:.1f} λ and noisy ones by {change['noise 0.2']:.1f} λ, root mean square."
+            )
+    return lines
+
+
+def tabulate(experiment):
+    """Writes all tables that the book includes to build/tables/."""
+    here, kept = records_of_build(experiment), recorded()
+    tables = experiment.build / "tables"
+    edition, names = experiment.names["edition"], experiment.names
+    solvers = any(r["kind"] == "solver" for r in kept)
+    write_csv(tables / "table1.csv", table("I", edition, here))
+    write_csv(tables / "table1_recorded.csv", table("I", "v2", comparison(kept, "v2")))
+    write_csv(tables / "numbers.csv", every_number([r for e in ("v2", "v1") for r in comparison(kept, e)]))
+    write_csv(tables / "provenance.csv", provenance_rows(here + [r for r in kept if r not in here]))
+    times = [minutes(r["training"]) for r in here if "training" in r]
+    write_text(
+        tables / "build.md",
+        f"This build used the profile **{names['profile']}** on the data set **{names['dataset']}** with the protocol of edition "
+        f"**{names['edition']}** ({experiment.edition.num_folds} folds; {experiment.split_sizes['train']} training, "
+        f"{experiment.split_sizes['val']} validation and {experiment.split_sizes['test']} test images), seed {names['seed']}: "
+        f"{len(times)} trainings, {sum(times):.1f} minutes in all. Recorded runs kept with the code: {len(kept)}.",
+    )
+    lines = findings(kept) if solvers else ["No run on real faces is recorded yet; {doc}`build` shows what was run."]
+    write_text(tables / "findings.md", "\n".join(lines))

@@ -1,0 +1,148 @@
+"""How the runs of an experiment are trained: the flow by likelihood (14), solvers end to end by mean squared error."""
+
+import copy
+
+import torch
+
+from companion.experiment import Experiment
+from companion.settings import TASKS, Run
+from flowlib import Glow, GlowProx, ResNetProx, UNetProx, UnfoldedPGD, load_checkpoint
+from flowlib.images import dequantize, to_tensor
+from flowlib.solver import find_nonfinite_fold
+from flowlib.training import fit, generator_for, mirrored
+
+NOISY_SIGMA = 0.25
+PROXES = {"unet": UNetProx, "resnet": ResNetProx}
+
+
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def batches(images, size=50):
+    for start in range(0, len(images), size):
+        yield images[start : start + size]
+
+
+def train(experiment: Experiment, run: Run):
+    """Trains one run, whose start is trained already: (model, summary of the training). Raises Diverged."""
+    train_part = _train_flow if run.kind == "flow" else _train_solver
+    return train_part(experiment, run, experiment.directory(run))
+
+
+def _identity(run, images):
+    """What else a saved training must agree in, to be gone on with."""
+    return {"settings": run.settings_hash, "pixels": images.manifest["pixels_sha256"]}
+
+
+def model_path(experiment, run):
+    return experiment.directory(run) / "model.safetensors"
+
+
+def _train_flow(experiment, run, directory):
+    """Maximum likelihood (14) on dequantised images; the loss is in bits per dimension. Noisy: goes on from the clean flow, on
+    images with Gaussian noise of a random σ in [0, NOISY_SIGMA] each."""
+    settings, seed, images = run.training, run.seed, experiment.images()
+    train, val = experiment.split("pretrain", images), experiment.split("val", images)[: settings.val_images]
+
+    def prepare(batch, purpose, step=0):
+        generator = generator_for(seed, purpose, step)
+        x = dequantize(batch, generator)
+        if settings.mirror and purpose == "pretrain":
+            x = mirrored(x, seed, step)
+        if run.noisy:
+            sigma = NOISY_SIGMA * torch.rand(len(x), 1, 1, 1, generator=generator)
+            x = x + sigma * torch.randn(x.shape, generator=generator)
+        return x.to(device())
+
+    torch.manual_seed(seed)
+    if run.start:
+        glow = load_checkpoint(model_path(experiment, run.start)).to(device())
+    else:
+        glow = Glow(**run.config).to(device())
+        order = torch.randperm(len(train), generator=generator_for(seed, "initialize"))[:256].numpy()
+        glow.initialize(prepare(train[order], "initialize"))
+
+    def batch_loss(indices, step):
+        return glow.bits_per_dim(prepare(train[indices], "pretrain", step)).mean()
+
+    def validation_loss():
+        values = [glow.bits_per_dim(prepare(batch, "validation", i)) for i, batch in enumerate(batches(val))]
+        return torch.cat(values).mean().item()
+
+    groups = [{"params": list(glow.parameters()), "lr": settings.lr}]
+    identity = _identity(run, images)
+    return glow, fit(glow, groups, batch_loss, validation_loss, settings, len(train), seed, directory, identity)
+
+
+def _fresh_prox(experiment, run):
+    """An untrained prox of this run's size; a flow's ActNorms are set from training images."""
+    if run.network != "glow":
+        return PROXES[run.network](**run.config)
+    glow = Glow(**run.config)
+    glow.initialize(to_tensor(experiment.split("train")[:64]))
+    return GlowProx(glow)
+
+
+def build_solver(experiment: Experiment, run: Run) -> UnfoldedPGD:
+    """The untrained solver: K folds that start from the same pre-trained network or each from fresh weights, and x_0 = g(0)
+    for flows, 0 for the baselines. A denoiser is a solver of one fold with μ = 1 and x_0 = 0, for which x̃ = y."""
+    torch.manual_seed(run.seed)
+    if run.start is None:
+        proxes = [_fresh_prox(experiment, run) for _ in range(run.num_folds)]
+    else:
+        first = load_checkpoint(model_path(experiment, run.start))
+        first = GlowProx(first) if run.network == "glow" else first.proxes[0]
+        proxes = [first, *(copy.deepcopy(first) for _ in range(run.num_folds - 1))]
+    with torch.no_grad():
+        x0 = proxes[0].glow.mode(64) if run.network == "glow" else torch.zeros(1, 3, 64, 64)
+    step_size = 1.0 if run.kind == "denoiser" else 0.5
+    solver = UnfoldedPGD(proxes, x0, step_size=step_size, shrinkage=run.training.shrinkage)
+    if run.frozen:
+        solver.requires_grad_(False)
+        solver.step_size.requires_grad_(True)
+    return solver
+
+
+def parameter_groups(solver: UnfoldedPGD, settings) -> list[dict]:
+    """The networks and the scalars μ and λ, each with its learning rate; frozen parameters are left out."""
+    groups = {"networks": [], "scalars": []}
+    for name, parameter in solver.named_parameters():
+        if parameter.requires_grad:
+            groups["scalars" if name in ("step_size", "shrinkage") else "networks"].append(parameter)
+    rates = {"networks": settings.lr, "scalars": settings.scalar_lr}
+    return [{"params": groups[name], "lr": rates[name]} for name in groups if groups[name]]
+
+
+def _train_solver(experiment, run, directory):
+    solver, settings, seed, images = build_solver(experiment, run).to(device()), run.training, run.seed, experiment.images()
+    train = to_tensor(experiment.split("train", images))
+    val = to_tensor(experiment.split("val", images)[: settings.val_images])
+    operator = TASKS[run.task].make_operator(train.shape[-1]).to(device())
+
+    def measured(x, purpose, step=0):
+        x = x.to(device())
+        return x, operator.measure(x, generator_for(seed, purpose, step))
+
+    def training_pair(indices, step):
+        x = mirrored(train[indices], seed, step) if settings.mirror else train[indices]
+        return measured(x, "measure", step)
+
+    def batch_loss(indices, step):
+        x, y = training_pair(indices, step)
+        return (solver(y, operator) - x).square().mean()
+
+    def validation_loss():
+        losses = []
+        for i, batch in enumerate(batches(val)):
+            x, y = measured(batch, "validation", i)
+            losses.append((solver(y, operator) - x).square().mean(dim=(1, 2, 3)))
+        return torch.cat(losses).mean().item()
+
+    @torch.no_grad()
+    def explain(indices, step):
+        return find_nonfinite_fold(solver(training_pair(indices, step)[1], operator, return_folds=True)[1])
+
+    groups, identity = parameter_groups(solver, settings), _identity(run, images)
+    arguments = (batch_loss, validation_loss, settings, len(train), seed, directory, identity, explain)
+    return solver, fit(solver, groups, *arguments)

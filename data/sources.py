@@ -1,0 +1,254 @@
+"""From a folder or zip of images to one packed array on disk, and back as an `ImageSet`."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shlex
+import tempfile
+import warnings
+import zipfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from .synthetic import draw_faces
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+CROPS = ("square", "celeba")
+NAMED = ("celeba", "anime", "synthetic", "synthetic-ood")
+IMAGES, MANIFEST = "images.npy", "manifest.json"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A packed set: `images` is uint8 (N, size, size, 3), memory-mapped; `manifest` tells its origin."""
+
+    name: str
+    images: np.ndarray
+    manifest: dict
+
+    def __len__(self):
+        return len(self.images)
+
+
+def data_dir():
+    """The folder in which the user's zips and folders lie: $FLOWLIB_DATA, or `data`."""
+    return Path(os.environ.get("FLOWLIB_DATA", "data"))
+
+
+def prepare(source, out, crop="square", size=64, name=None):
+    """Pack a folder or .zip of images into `out`: images.npy (uint8, N x size x size x 3) and manifest.json.
+
+    Images are taken in the order of their names, at any depth. crop="square": the largest centred square;
+    crop="celeba": a centred square of 148/178 of the width. Raises FileNotFoundError (no such source) or
+    ValueError (not a zip, no images, unsafe member, corrupt image); then nothing in `out` has changed.
+    """
+    source = Path(source)
+    if crop not in CROPS:
+        raise ValueError(f"unknown crop {crop!r}: choose one of {', '.join(CROPS)}")
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist: give a folder or a .zip of images")
+    with _open_source(source) as (names, read):
+        if not names:
+            kinds = "/".join(sorted(s[1:] for s in SUFFIXES))
+            raise ValueError(f"{source} holds no images ({kinds}): put some in it, or name another source")
+        contents = hashlib.sha256()
+
+        def images():
+            for member in names:
+                data = read(member)
+                contents.update(f"{member}\0{len(data)}\0".encode() + data)
+                yield decode(data, f"{member} in {source}", crop, size)[None]
+
+        manifest = {
+            "name": name or source.stem,
+            "source": source.name,
+            "source_sha256": None,
+            "crop": crop,
+            "size": size,
+            "resample": "Lanczos (PIL, antialiased)",
+            "first_file": names[0],
+            "last_file": names[-1],
+        }
+
+        def finish():
+            if source.is_dir():
+                return manifest | {"source_sha256": contents.hexdigest()}
+            with open(source, "rb") as file:
+                return manifest | {"source_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+        return _pack(out, images(), len(names), size, finish)
+
+
+def prepare_synthetic(out, num_images, style="natural", seed=0, size=64):
+    """Pack `num_images` drawn faces (see `draw_faces`) into `out`, in the format of `prepare`."""
+    parts = (range(start, min(start + 128, num_images)) for start in range(0, num_images, 128))
+    chunks = (draw_faces(part, style, seed, size) for part in parts)
+    source = f"draw_faces(range({num_images}), style={style!r}, seed={seed}, size={size})"
+    manifest = {
+        "name": "synthetic" if style == "natural" else f"synthetic-{style}",
+        "source": source,
+        "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
+        "crop": "none",
+        "size": size,
+        "resample": "none",
+        "first_file": "0",
+        "last_file": str(num_images - 1),
+    }
+    return _pack(out, chunks, num_images, size, lambda: manifest)
+
+
+def prepare_named(name, out, num_images=None):
+    """Pack "celeba", "anime", "synthetic", "synthetic-ood" or any path into `out`.
+
+    FileNotFoundError says what was looked for, where, and how to get it. `num_images` counts drawn faces
+    (default 2,000); a set of files is always packed whole.
+    """
+    if name in ("synthetic", "synthetic-ood"):
+        return prepare_synthetic(out, num_images or 2000, "ood" if name.endswith("ood") else "natural")
+    if name in ("celeba", "anime"):
+        folders = [data_dir() / f for f in ((name, "celeba_hq") if name == "celeba" else (name,))]
+        found = sorted(data_dir().glob(f"{name}*.zip")) + [f for f in folders if f.is_dir()]
+        if found:
+            # Aligned CelebA shows shoulders and background; CelebA-HQ is already a square around the face.
+            aligned = name == "celeba" and "hq" not in found[0].stem.lower()
+            return prepare(found[0], out, crop="celeba" if aligned else "square", name=name)
+        looked = f"{name}*.zip, " + ", ".join(f"{f.name}/" for f in folders)
+        raise FileNotFoundError(
+            f"no {name} images: looked for {looked} in {data_dir().resolve()}. data/README.md says how to "
+            "get them; set FLOWLIB_DATA to look in another folder"
+        )
+    if Path(name).exists():
+        return prepare(name, out)
+    raise FileNotFoundError(
+        f"{name!r} is neither a known set (celeba, anime, synthetic, synthetic-ood) nor a folder or .zip; "
+        f"known sets are looked for in {data_dir().resolve()} (FLOWLIB_DATA), see data/README.md"
+    )
+
+
+def prepare_into(source, folder, name=None, crop="square", num_images=None):
+    """Pack a known set, or the folder or zip at a path, into folder/name; the path that it went to."""
+    if source in NAMED:
+        return prepare_named(source, Path(folder) / (name or source), num_images)
+    name = name or Path(source).stem
+    return prepare(source, Path(folder) / name, crop, name=name)
+
+
+def load(out):
+    """Open a packed set. FileNotFoundError if there is none, ValueError if it is damaged or foreign."""
+    images_path, manifest_path = Path(out) / IMAGES, Path(out) / MANIFEST
+    again = "prepare it again with: python -m companion prepare"
+    for path in (manifest_path, images_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; {again} NAME")
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        name, num_images, size = manifest["name"], manifest["num_images"], manifest["size"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest_path} is not a manifest of flowlib ({error!r}); {again} NAME") from error
+    again += f" {shlex.quote(name)}"
+    try:
+        images = np.load(images_path, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{images_path} is truncated or no .npy file ({error}); {again}") from error
+    if images.shape != (num_images, size, size, 3) or images.dtype != np.uint8:
+        raise ValueError(
+            f"{images_path} holds {images.dtype} {images.shape} where {MANIFEST} says "
+            f"uint8 {(num_images, size, size, 3)}; {again}"
+        )
+    return ImageSet(name, images, manifest)
+
+
+@contextlib.contextmanager
+def _open_source(source):
+    """Yield (sorted image names, function from a name to its bytes) of a folder or zip."""
+    if source.is_dir():
+        files = (p.relative_to(source) for p in source.rglob("*") if p.is_file())
+        yield _image_names(f.as_posix() for f in files), lambda name: (source / name).read_bytes()
+        return
+    if not zipfile.is_zipfile(source):
+        raise ValueError(f"{source} is neither a folder nor a zip file (a broken download?): fetch it again")
+    with zipfile.ZipFile(source) as archive:
+        members = [m.filename for m in archive.infolist() if not m.is_dir()]
+        for member in members:
+            # Nothing is extracted, so no harm is done; but such an archive is not what it claims to be.
+            path = PurePosixPath(member.replace("\\", "/"))
+            if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                raise ValueError(f"{source}: member {member!r} points outside the archive: do not trust it")
+        yield _image_names(members), lambda name: _read_member(archive, name, source)
+
+
+def _image_names(names):
+    paths = map(PurePosixPath, names)
+    return sorted(
+        str(p)
+        for p in paths
+        if p.suffix.lower() in SUFFIXES and not any(part.startswith((".", "__MACOSX")) for part in p.parts)
+    )
+
+
+def _read_member(archive, name, source):
+    try:
+        return archive.read(name)
+    except Exception as error:  # bad checksum, password, unknown compression
+        raise ValueError(f"cannot read {name} in {source} ({error}): fetch or make the zip again") from error
+
+
+def decode(data, where, crop="square", size=64):
+    """Bytes of one image file -> uint8 (size, size, 3); transparent pixels are laid over white. ValueError, naming `where` it
+    came from, for what is no image."""
+    try:
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            elif image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            box = _crop_box(*image.size, crop)
+            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, box=box))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{where} is too large to decode safely ({error}): shrink or remove it") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
+        raise ValueError(f"{where} is not a readable image ({error}): replace or remove it") from error
+
+
+def _crop_box(width, height, crop):
+    """Centred square (left, top, right, bottom) in pixels; 89 x 109, "celeba": side 74 from (7.5, 17.5)."""
+    side = min(width * 148 / 178, height) if crop == "celeba" else min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def _pack(out, chunks, num_images, size, finish):
+    """Stream uint8 (n, size, size, 3) chunks into `out`; the manifest comes last and marks it complete."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    pixels = hashlib.sha256()
+    with tempfile.TemporaryDirectory(dir=out, prefix=".preparing-") as temporary:
+        images_path, manifest_path = Path(temporary) / IMAGES, Path(temporary) / MANIFEST
+        with open(images_path, "wb") as file, tqdm(total=num_images, unit="image", desc=str(out)) as bar:
+            # Plain writes rather than a memory map: a full disk is then an error, not a crash.
+            header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, size, size, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for chunk in chunks:
+                data = chunk.tobytes()
+                pixels.update(data)
+                file.write(data)
+                bar.update(len(chunk))
+        manifest = finish() | {
+            "num_images": num_images,
+            "pixels_sha256": pixels.hexdigest(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        manifest_path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        (out / MANIFEST).unlink(missing_ok=True)  # never an old manifest beside new pixels
+        os.replace(images_path, out / IMAGES)
+        os.replace(manifest_path, out / MANIFEST)
+    return out
