@@ -1,189 +1,153 @@
-# From nothing to the book: prepare -> pretrain -> train -> evaluate -> classical -> tabulate -> notebooks -> stage -> book.
+# From nothing to the book: prepare -> execute the notebooks, which train what is missing -> tabulate -> stage -> book.
 # `make book` calls this file. One more way: snakemake --cores all --config profile=cpu dataset=celeba
+# On a cluster, trainings are the notebooks' jobs: snakemake --executor slurm --jobs 9 --config profile=paper dataset=celeba
+import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
-from flowlib.data import data_dir
-from flowlib.experiments import FOREIGN_IMAGES, METHODS, TASKS, Experiment
+sys.path.insert(0, workflow.basedir)
+from companion.experiment import Experiment
+from companion.pages import pages
+from companion.settings import OOD_IMAGES
+from data import sources_of
 
-PROFILE = config.get("profile", "demo")
-DATASET = config.get("dataset", "synthetic")
-EDITION = config.get("edition", "v2")
-SEED = config.get("seed", 0)
-BUILD = config.get("build", "build")
-RETRAIN = int(config.get("retrain", 0))
+os.environ["PYTHONPATH"] = workflow.basedir
 
-# What the profile trains for this edition, "task-prox" each.
+
+def given(name, default):
+    return str(config.get(name, default))  # Snakemake reads 2024_05_12 as a number
+
+
+PROFILE, DATASET = given("profile", "demo"), given("dataset", "synthetic")
+EDITION, SEED, BUILD = given("edition", "v2"), given("seed", 0), given("build", "build")
+RETRAIN = given("retrain", 0)
+os.environ["RETRAIN"] = RETRAIN
+
 EXPERIMENT = Experiment(PROFILE, DATASET, EDITION, SEED, BUILD)
-TRAININGS = [f"{task}-{prox}" for task, prox in EXPERIMENT.trainings()]
-# Where models of this very experiment are kept with the code, the book is made from those alone, and from their records, unless
-# retrain=1. `make verify` evaluates them anew.
-KEPT = Path("results/checkpoints") / EXPERIMENT.runs.name
-RECORDS = Path("results/runs") / EXPERIMENT.runs.name
-SHIPPED = [] if RETRAIN else sorted(path.stem for path in (KEPT / EDITION).glob("*.safetensors"))
-SHIPPED_FLOWS = [] if RETRAIN else sorted(path.stem for path in KEPT.glob("flow*.safetensors"))
-KEPT_CLASSICAL = [] if RETRAIN else sorted(str(path) for path in (RECORDS / EDITION).glob("classical-*.json"))
-TRAININGS = SHIPPED or TRAININGS
+PAGES = pages(EXPERIMENT)
+TRAINING = [name for name, page in PAGES.items() if page.runs]
 # Faces out of distribution, where the data set has such a companion.
-FOREIGN = FOREIGN_IMAGES.get(DATASET)
-if FOREIGN == "anime" and not Path(f"{BUILD}/data/anime").exists() and not any(data_dir().glob("anime*")):
-    FOREIGN = None  # the user has CelebA only
-NOTEBOOKS = ["01_data", "02_flow", "03_solver", "04_table1", "05_figures", "06_engine", "07_stability", "08_speed"]
-NOTEBOOKS += ["09_tables", "10_classical", "11_blur", "12_explorer"]
-TABLES = ["table1.csv", "table1_recorded.csv", "provenance.csv", "build.md", "findings.md"]
-
-FLOWS = f"{BUILD}/runs/{PROFILE}-{DATASET}-s{SEED}"
-RUN = f"{FLOWS}/{EDITION}"
-CHOICE = f"--profile {PROFILE} --dataset {DATASET} --edition {EDITION} --seed {SEED} --build {BUILD}"
+OOD = OOD_IMAGES.get(DATASET)
+if OOD and not (Path(BUILD) / "data" / OOD).exists() and not OOD.startswith("synthetic") and not sources_of(OOD):
+    OOD = None  # the user has CelebA only
+TABLES = ["table1.csv", "table1_recorded.csv", "numbers.csv", "provenance.csv", "build.md", "findings.md"]
+CHOICE = shlex.join(
+    ["--profile", PROFILE, "--dataset", DATASET, "--edition", EDITION, "--seed", SEED, "--build", BUILD]
+)
+CODE = sorted(
+    str(path)
+    for folder in ("flowlib", "companion")
+    for path in Path(folder).rglob("*.*")
+    if path.suffix in (".py", ".js", ".css")
+)
+RECORDED = sorted(str(path) for path in Path("results").rglob("*") if path.suffix in (".csv", ".json"))
 
 # Commands below are those of the Python that runs Snakemake.
-shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH; ")
+shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
 
 
 wildcard_constraints:
-    task="|".join(TASKS),
-    prox="|".join(METHODS),
-    flow="flow|flow-noisy",
-    network="unet|resnet",
+    page="|".join(PAGES),
 
 
 rule all:
     input:
-        expand(f"{RUN}/{{training}}/record.json", training=TRAININGS),
         expand(f"{BUILD}/tables/{{table}}", table=TABLES),
-        expand(f"{BUILD}/executed/{{notebook}}.ipynb", notebook=NOTEBOOKS),
         f"{BUILD}/html/.buildinfo",
 
 
+# Made again when the source is replaced.
 rule prepare:
+    input:
+        lambda wildcards: sources_of(wildcards.dataset),
     output:
         f"{BUILD}/data/{{dataset}}/images.npy",
         f"{BUILD}/data/{{dataset}}/manifest.json",
     shell:
-        f"python -m flowlib prepare {{wildcards.dataset}} --build {BUILD}"
+        f"python -m companion prepare {{wildcards.dataset:q}} --build {shlex.quote(BUILD)}"
 
 
-IMAGES = f"{BUILD}/data/{DATASET}/manifest.json"
+IMAGES = [f"{BUILD}/data/{name}/manifest.json" for name in (DATASET, OOD) if name]
 
 
-# A training takes every core (threads: workflow.cores), so trainings run one after another.
-rule pretrain:
-    input:
-        IMAGES,
-    output:
-        f"{FLOWS}/flow/model.safetensors",
-        f"{FLOWS}/flow/record.json",
-    threads: workflow.cores
-    shell:
-        f"python -m flowlib pretrain {CHOICE}"
+def execute(page):
+    """The command that executes a page's notebook. Outputs of failed jobs are deleted, so papermill writes to the log: a
+    failed notebook stays there to be read."""
+    choice = {"profile": PROFILE, "dataset": DATASET, "edition": EDITION, "build": str(EXPERIMENT.build)}
+    words = [word for key, value in choice.items() for word in ("-r", key, value)]  # -r: as text, whatever it looks like
+    words += ["-p", "seed", SEED]
+    for key, value in PAGES[page].parameters.items():
+        words += ["-p" if isinstance(value, bool) else "-r", key, str(value)]
+    return "papermill {input.notebook} {log} --no-progress-bar --log-level WARNING " + shlex.join(words) + " && cp {log} {output}"
 
 
-rule pretrain_noisy:
-    input:
-        IMAGES,
-        f"{FLOWS}/flow/model.safetensors",  # of whichever rule makes it
-    output:
-        f"{FLOWS}/flow-noisy/model.safetensors",
-        f"{FLOWS}/flow-noisy/record.json",
-    threads: workflow.cores
-    shell:
-        f"python -m flowlib pretrain {CHOICE} --noisy"
+def needed(page):
+    """The pages that train what this one starts from or shows."""
+    if page == "pretrain_flow":
+        return []
+    if page == "pretrain_flow-noisy":
+        return ["pretrain_flow"]
+    if PAGES[page].runs:
+        return ["pretrain_flow", "pretrain_flow-noisy"]
+    return TRAINING
 
 
-rule pretrain_denoiser:
-    input:
-        IMAGES,
-    output:
-        f"{RUN}/denoiser-{{network}}/model.safetensors",
-    threads: workflow.cores
-    shell:
-        f"python -m flowlib pretrain {CHOICE} --denoiser {{wildcards.network}}"
+# One rule a page. A page that trains has every core to itself, and on a cluster what its resources say; it is made again
+# when its runs' settings or the code of a training change (both are in the names of the runs' folders).
+for page in PAGES:
+
+    rule:
+        name:
+            f"page_{page}".replace("-", "_").replace(".", "_")
+        input:
+            IMAGES,
+            CODE,
+            [f"{BUILD}/executed/{other}.ipynb" for other in needed(page)],
+            [f"{BUILD}/tables/build.md", *RECORDED] if not PAGES[page].runs else [],
+            [f"{BUILD}/explorer", f"{BUILD}/ort"] if page == "explorer" else [],
+            notebook=f"notebooks/{PAGES[page].notebook}.ipynb",
+        output:
+            f"{BUILD}/executed/{page}.ipynb",
+        log:
+            f"{BUILD}/logs/{page}.ipynb",
+        params:
+            runs=[run.folder_name for run in PAGES[page].runs],
+            retrain=RETRAIN,
+        threads: workflow.cores if PAGES[page].runs else 1
+        resources:
+            gpu=1 if PAGES[page].runs and PROFILE == "paper" else 0,
+            mem_mb=24000 if PROFILE == "paper" else 4000,
+            runtime=60 * 24 if PROFILE == "paper" else 60 * 6,
+        shell:
+            execute(page)
 
 
-def start_of(wildcards):
-    """What this prox starts from."""
-    method = METHODS[wildcards.prox]
-    return {
-        None: [],
-        "flow": f"{FLOWS}/flow/model.safetensors",
-        "flow-noisy": f"{FLOWS}/flow-noisy/model.safetensors",
-        "denoiser": f"{RUN}/denoiser-{method.network}/model.safetensors",
-    }[method.start]
-
-
-# Kept models come with the records of their evaluation.
-rule restore:
-    input:
-        model=KEPT / EDITION / "{task}-{prox}.safetensors",
-        record=RECORDS / EDITION / "{task}-{prox}.json",
-    output:
-        f"{RUN}/{{task}}-{{prox}}/record.json",
-    shell:
-        f"cp {{input.model}} {RUN}/{{wildcards.task}}-{{wildcards.prox}}/model.safetensors && cp {{input.record}} {{output}}"
-
-
-rule restore_flow:
-    input:
-        model=KEPT / "{flow}.safetensors",
-        record=RECORDS / "{flow}.json",
-    output:
-        model=f"{FLOWS}/{{flow}}/model.safetensors",
-        record=f"{FLOWS}/{{flow}}/record.json",
-    shell:
-        "cp {input.model} {output.model} && cp {input.record} {output.record}"
-
-
-if SHIPPED:
-    ruleorder: restore > train
-else:
-    ruleorder: train > restore
-if SHIPPED_FLOWS:
-    ruleorder: restore_flow > pretrain_noisy > pretrain
-else:
-    ruleorder: pretrain_noisy > pretrain > restore_flow
-
-
-# A training that diverges is a result too: it fails, but leaves a record that says so.
-rule train:
-    input:
-        IMAGES,
-        [f"{BUILD}/data/{FOREIGN}/manifest.json"] if FOREIGN else [],
-        start_of,
-    output:
-        f"{RUN}/{{task}}-{{prox}}/record.json",
-    threads: workflow.cores
-    shell:
-        f"python -m flowlib train {CHOICE} --task {{wildcards.task}} --prox {{wildcards.prox}} || test -f {{output}}"
-
-
-# The record of one method stands for all. It has every core to itself because it is timed.
+# Timed, so it has every core to itself. The record of one method stands for all.
 rule classical:
     input:
-        IMAGES,
-        kept=KEPT_CLASSICAL,
+        IMAGES[0],
+        "flowlib/operators.py",
+        "companion/classical.py",
     output:
-        f"{RUN}/classical-deblurring-tikhonov/record.json",
+        f"{BUILD}/classical/{EXPERIMENT.key}-{EDITION}",
     threads: workflow.cores
-    params:
-        kept=len(KEPT_CLASSICAL),
     shell:
-        "if [ {params.kept} -gt 0 ]; then for record in {input.kept}; do"
-        f"     folder={RUN}/$(basename $record .json) && mkdir -p $folder && cp $record $folder/record.json; done"
-        f" else python -m flowlib classical {CHOICE}; fi"
+        f"python -m companion classical {CHOICE} && touch {{output:q}}"
 
 
 rule tabulate:
     input:
-        rules.classical.output,
         IMAGES,
-        [f"{BUILD}/data/{FOREIGN}/manifest.json"] if FOREIGN else [],
-        expand(f"{FLOWS}/{{flow}}/record.json", flow=["flow", "flow-noisy"]),
-        expand(f"{RUN}/{{training}}/record.json", training=TRAININGS),
-        recorded=sorted(str(path) for path in Path("results").rglob("*") if path.suffix in (".csv", ".json")),
+        rules.classical.output,
+        CODE,
+        RECORDED,
+        expand(f"{BUILD}/executed/{{page}}.ipynb", page=TRAINING),
     output:
         expand(f"{BUILD}/tables/{{table}}", table=TABLES),
     shell:
-        f"python -m flowlib tabulate {CHOICE}"
+        f"python -m companion tabulate {CHOICE}"
 
 
 # What the explorer page shows: grids of reconstructions, and the solvers as ONNX.
@@ -194,18 +158,20 @@ rule explorer:
         directory(f"{BUILD}/explorer"),
     threads: workflow.cores
     shell:
-        f"python -m flowlib explorer {CHOICE}"
+        f"python -m companion explorer {CHOICE}"
 
 
-# What runs them in the reader's browser. Without npm the page shows the precomputed grids only.
+# What runs them in the reader's browser. Without npm the page shows the precomputed grids only; the next build tries again.
 rule onnxruntime_web:
     input:
         "package.json",
         "package-lock.json",
     output:
         directory(f"{BUILD}/ort"),
+    params:
+        npm=bool(shutil.which("npm")),
     shell:
-        f"mkdir -p {BUILD}/npm {{output}} && cp {{input}} {BUILD}/npm"
+        f"mkdir -p {BUILD}/npm {{output:q}} && cp {{input}} {BUILD}/npm"
         f" && if (cd {BUILD}/npm && npm ci --ignore-scripts --no-audit --no-fund > npm.log 2>&1); then"
         f"     cp {BUILD}/npm/node_modules/onnxruntime-web/dist/{{{{ort.wasm.min.mjs,ort-wasm-simd-threaded.mjs,"
         "ort-wasm-simd-threaded.wasm}} {output};"
@@ -216,34 +182,16 @@ rule onnxruntime_web:
 EXPLORER = [*rules.explorer.output, *rules.onnxruntime_web.output]
 
 
-# Outputs of failed jobs are deleted, so papermill writes to the log: a failed notebook stays there to be read.
-rule notebook:
-    input:
-        rules.tabulate.output,
-        sorted(str(path) for path in Path("flowlib").rglob("*.*") if path.suffix in (".py", ".js", ".css")),
-        lambda wildcards: EXPLORER if "explorer" in wildcards.notebook else [],
-        notebook="notebooks/{notebook}.ipynb",
-    output:
-        f"{BUILD}/executed/{{notebook}}.ipynb",
-    log:
-        f"{BUILD}/logs/{{notebook}}.ipynb",
-    threads: workflow.cores
-    shell:
-        "papermill {input.notebook} {log} --no-progress-bar --log-level WARNING"
-        f" -p profile {PROFILE} -p dataset {DATASET} -p edition {EDITION} -p seed {SEED} -p build {BUILD}"
-        " && cp {log} {output}"
-
-
 # The book is built from a copy in which executed notebooks have taken the place of clean ones.
 rule stage:
     input:
         "_config.yml",
         "_toc.yml",
         sorted(str(path) for path in Path("book").rglob("*.*") if "__pycache__" not in path.parts),
-        rules.tabulate.input.recorded,
+        RECORDED,
         explorer=EXPLORER,
         tables=rules.tabulate.output,
-        notebooks=expand(f"{BUILD}/executed/{{notebook}}.ipynb", notebook=NOTEBOOKS),
+        notebooks=expand(f"{BUILD}/executed/{{page}}.ipynb", page=PAGES),
     output:
         directory(f"{BUILD}/stage"),
     shell:

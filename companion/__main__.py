@@ -39,7 +39,6 @@ def _parser():
         command.add_argument("--build", default="build")
         if name == "run":
             command.add_argument("--run", required=True, help="flow, flow-noisy, or task and method: inpainting-glow")
-            command.add_argument("--retrain", action="store_true", help="though a model of it is kept with the code")
         if name == "publish":
             command.add_argument("--ship", nargs="*", default=[], help="also keep these models, small")
     verify = commands.add_parser("verify", help="evaluate every model that is kept with the code, compare with its record")
@@ -82,12 +81,12 @@ def _list(**choice):
         print(f"{'finished' if is_finished(experiment, run) else 'to do   '}  {name}")
 
 
-def _run(run, retrain, **choice):
+def _run(run, **choice):
     from companion.runs import ensure
     from companion.settings import choose
 
     experiment = _experiment(**choice)
-    record = ensure(experiment, choose(experiment.runs(), run, "run"), retrain)
+    record = ensure(experiment, choose(experiment.runs(), run, "run"))
     if record["kind"] == "failed":
         print(f"{run} diverged: {record['reason']}", file=sys.stderr)
         return 1

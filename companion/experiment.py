@@ -86,7 +86,7 @@ class Experiment:
 
     def methods(self, task: str) -> list[str]:
         """The methods that this profile trains for a task of this edition."""
-        return [name for name in self.profile.methods if self._has(task, METHODS[name])]
+        return [name for name in self.profile.methods.get(task, ()) if self._has(task, METHODS[name])]
 
     def runs(self) -> dict[str, Run]:
         """All runs that this edition has, by name, whatever the profile trains by default."""

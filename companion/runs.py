@@ -3,6 +3,7 @@ and fits is restored, and what is missing is trained."""
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,15 +22,19 @@ from flowlib.checkpoints import load_tensors, save_checkpoint
 from flowlib.training import Diverged
 
 
-def ensure(experiment: Experiment, run: Run, retrain: bool = False) -> dict:
+def ensure(experiment: Experiment, run: Run) -> dict:
     """The record of a run: what is missing of it, and of the run that it starts from, is made first, with a progress bar.
 
-    retrain: kept models are not used. Several processes may ask for the same run: one makes it. A run that diverged has a
-    record too, of kind "failed"."""
+    With RETRAIN=1 in the environment, models that are kept with the code are not used. Several processes may ask for the same
+    run: one makes it. A run that diverged has a record too, of kind "failed"."""
     if run.start:
-        ensure(experiment, run.start, retrain)
+        ensure(experiment, run.start)
     with _locked(experiment.directory(run) / "lock"):
-        record = _finished(experiment, run) or (None if retrain else _restored(experiment, run))
+        record = _finished(experiment, run)
+        if os.environ.get("RETRAIN") == "1":
+            record = None if record and record.get("kept") else record
+        else:
+            record = record or _restored(experiment, run)
         if record is None:
             return _make(experiment, run)
         return record if _is_current(record) else _evaluate(experiment, run)

@@ -106,7 +106,7 @@ OOD_IMAGES = {"celeba": "anime", "synthetic": "synthetic-ood"}
 @dataclass(frozen=True)
 class Profile:
     """How much is done: sizes of the networks and of the trainings. unfolding is keyed by method or, for all methods that have
-    it, network; methods: those of Table I that `make book` trains; images: overrides of the edition's."""
+    it, network; methods: by task, those that `make book` trains; images: overrides of the edition's."""
 
     flow: dict
     unet: dict
@@ -115,10 +115,11 @@ class Profile:
     noisy_pretraining: Training
     unfolding: dict[str, Training]
     images: dict = field(default_factory=dict)
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict.fromkeys(TASKS, tuple(METHODS)))
 
 
-_FEW = ("resnet", "unet", "glow", "glow-noisy", "glow-frozen")
+_FEW = dict.fromkeys(_NOT_DENOISING, ("resnet", "unet", "glow", "glow-frozen"))
+_FEW |= {"denoising": ("resnet", "unet", "glow", "glow-noisy", "glow-frozen")}
 PROFILES = {
     "smoke": Profile(
         flow=dict(num_levels=2, num_steps=1, hidden_channels=8),

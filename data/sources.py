@@ -104,6 +104,19 @@ def prepare_synthetic(out, num_images, style="natural", seed=0, size=64):
     return _pack(out, chunks, num_images, size, lambda: manifest)
 
 
+def _folders(name):
+    return (name, "celeba_hq") if name == "celeba" else (name,)
+
+
+def sources_of(name):
+    """The zip or folder that a known set is prepared from, as a list of one path, or of none."""
+    if name not in ("celeba", "anime"):
+        return []
+    folders = [data_dir() / folder for folder in _folders(name)]
+    found = sorted(data_dir().glob(f"{name}*.zip")) + [folder for folder in folders if folder.is_dir()]
+    return [str(path) for path in found[:1]]
+
+
 def prepare_named(name, out, num_images=None):
     """Pack "celeba", "anime", "synthetic", "synthetic-ood" or any path into `out`.
 
@@ -113,13 +126,12 @@ def prepare_named(name, out, num_images=None):
     if name in ("synthetic", "synthetic-ood"):
         return prepare_synthetic(out, num_images or 2000, "ood" if name.endswith("ood") else "natural")
     if name in ("celeba", "anime"):
-        folders = [data_dir() / f for f in ((name, "celeba_hq") if name == "celeba" else (name,))]
-        found = sorted(data_dir().glob(f"{name}*.zip")) + [f for f in folders if f.is_dir()]
+        found = sources_of(name)
         if found:
             # Aligned CelebA shows shoulders and background; CelebA-HQ is already a square around the face.
-            aligned = name == "celeba" and "hq" not in found[0].stem.lower()
+            aligned = name == "celeba" and "hq" not in Path(found[0]).stem.lower()
             return prepare(found[0], out, crop="celeba" if aligned else "square", name=name)
-        looked = f"{name}*.zip, " + ", ".join(f"{f.name}/" for f in folders)
+        looked = f"{name}*.zip, " + ", ".join(f"{folder}/" for folder in _folders(name))
         raise FileNotFoundError(
             f"no {name} images: looked for {looked} in {data_dir().resolve()}. data/README.md says how to "
             "get them; set FLOWLIB_DATA to look in another folder"

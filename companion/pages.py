@@ -1,0 +1,39 @@
+"""The book's notebook pages: which notebook, with which parameters, and the runs that it makes."""
+
+from dataclasses import dataclass, field
+
+from companion.experiment import Experiment
+from companion.settings import METHODS, Run
+
+PLAIN = ("data", "flow", "solver", "figures", "engine", "stability", "speed", "classical", "blur", "explorer", "tables")
+SHOWN_TASKS = ("denoising", "inpainting", "deblurring")  # the contents, _toc.yml, are the same for both editions
+
+
+@dataclass(frozen=True)
+class Page:
+    """notebook: its name; parameters: its own; runs: those that it trains where they are missing."""
+
+    notebook: str
+    parameters: dict = field(default_factory=dict)
+    runs: tuple[Run, ...] = ()
+
+
+def pages(experiment: Experiment) -> dict[str, Page]:
+    """All pages of a book, by name. Those without runs show what others made."""
+    found = {name: Page(name) for name in PLAIN}
+    found["pretrain_flow"] = Page("pretrain_flow", {}, (experiment.flow(),))
+    found["pretrain_flow-noisy"] = Page("pretrain_flow", {"noisy": True}, (experiment.flow(noisy=True),))
+    for task in SHOWN_TASKS:
+        methods = experiment.methods(task)
+
+        def runs(*names, task=task, methods=methods):
+            return tuple(experiment.solver(task, name) for name in names if name in methods)
+
+        compared = [m for m in methods if not METHODS[m].frozen and m != "glow-scratch"]
+        found[f"in_distribution-{task}"] = Page("in_distribution", {"task": task}, runs(*compared))
+        found[f"plug_and_play-{task}"] = Page("plug_and_play", {"task": task}, runs("glow", "glow-frozen"))
+        ablated = runs("glow", "glow-scratch") if "glow-scratch" in methods else ()
+        found[f"pretraining_ablation-{task}"] = Page("pretraining_ablation", {"task": task}, ablated)
+        for name in ("ood_measurements", "ood_images"):
+            found[f"{name}-{task}"] = Page(name, {"task": task})
+    return found
