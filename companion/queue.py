@@ -19,23 +19,27 @@ from companion.records import read
 from companion.runs import kept_place, publish
 from companion.settings import Run
 
-MAIN_ROWS = ("glow", "glow-noisy", "unet", "resnet")
+TASK_ORDER = ("inpainting", "denoising", "deblurring")
 
 
 def queue(**choice) -> Iterator[tuple[Experiment, Run]]:
-    """Both flows; v2's main rows, then plug-and-play; v1's rows; v2's denoiser starts; more seeds."""
+    """Both flows; v2's main rows, each task's likelier start of the flow first; v2's plug-and-play; v1's rows; v2's denoiser
+    starts; more seeds."""
     v2 = Experiment(edition="v2", **choice)
     v1 = Experiment(edition="v1", **choice)
     yield from ((v2, v2.flow(noisy)) for noisy in (False, True))
-    yield from ((v2, v2.solver(task, method)) for task in v2.tasks() for method in MAIN_ROWS)
-    yield from ((v2, v2.solver(task, "glow-frozen")) for task in v2.tasks())
-    for task in v1.tasks():
+    starts = {"inpainting": ("glow", "glow-noisy"), "denoising": ("glow-noisy", "glow"), "deblurring": ("glow", "glow-noisy")}
+    for task in TASK_ORDER:
+        yield from ((v2, v2.solver(task, method)) for method in (starts[task][0], "unet", "resnet"))
+    yield from ((v2, v2.solver(task, "glow-frozen")) for task in TASK_ORDER)
+    yield from ((v2, v2.solver(task, starts[task][1])) for task in TASK_ORDER)
+    for task in (*TASK_ORDER, "denoising-0.1"):
         yield from ((v1, v1.solver(task, m)) for m in ("glow", "glow-scratch", "unet", "resnet", "glow-noisy"))
     for network in ("unet", "resnet"):
         yield from ((v2, v2.solver(task, f"{network}-denoiser")) for task in ("inpainting", "deblurring"))
     for seed in (1, 2):
         other = Experiment(edition="v2", **choice | {"seed": seed})
-        yield from ((other, other.solver(task, m)) for task in v2.tasks() for m in ("glow", "unet", "resnet"))
+        yield from ((other, other.solver(task, m)) for task in TASK_ORDER for m in ("glow", "unet", "resnet"))
 
 
 def is_recorded(experiment: Experiment, run: Run) -> bool:
