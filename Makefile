@@ -6,14 +6,15 @@ BUILD   ?= build
 RETRAIN ?= 0
 PYTHON  ?= .venv/bin/python
 
-SNAKEMAKE = $(PYTHON) -m snakemake --cores all
-SMOKE     = build/smoke
+SMOKE = build/smoke
+export RETRAIN
+export PYTHONPATH := $(CURDIR)
 
-.PHONY: book test verify lab clean unlock environment
+.PHONY: book test verify lab clean environment
 
 book: environment
-	$(SNAKEMAKE) --rerun-incomplete --config profile=$(PROFILE) dataset=$(DATASET) edition=$(EDITION) \
-	    seed=$(SEED) build=$(BUILD) retrain=$(RETRAIN)
+	$(PYTHON) -m companion book --profile "$(PROFILE)" --dataset "$(DATASET)" --edition "$(EDITION)" \
+	    --seed "$(SEED)" --build "$(BUILD)"
 	@echo "The book is at $(BUILD)/html/index.html"
 
 test: environment
@@ -22,22 +23,19 @@ test: environment
 	rm -rf $(SMOKE)
 	mkdir -p $(SMOKE)
 	for notebook in notebooks/*.ipynb; do \
-	    $(PYTHON) -m papermill --prepare-only --log-level WARNING -p profile smoke -p build $(CURDIR)/build/smoke-book \
+	    $(PYTHON) -m papermill --prepare-only --log-level WARNING -p profile smoke -p build build/smoke-book \
 	        $$notebook $(SMOKE)/$$(basename $$notebook) || exit 1; \
 	done
 	$(PYTHON) -m pytest --nbval-lax --nbval-current-env $(SMOKE)
 
 verify: environment
-	$(PYTHON) -m flowlib verify --build $(BUILD)
+	$(PYTHON) -m companion verify --build "$(BUILD)"
 
 lab: environment
 	$(PYTHON) -m jupyter lab notebooks
 
 clean:
 	rm -rf build
-
-unlock: environment
-	$(SNAKEMAKE) --unlock
 
 # `make PYTHON=/path/to/python ...` uses an environment of your own instead of making .venv.
 ifeq ($(PYTHON),.venv/bin/python)

@@ -44,8 +44,8 @@ CODE = sorted(
 )
 RECORDED = sorted(str(path) for path in Path("results").rglob("*") if path.suffix in (".csv", ".json"))
 
-# Commands below are those of the Python that runs Snakemake.
-shell.prefix(f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+# The Python that runs Snakemake; by its name alone, so that an environment that was moved still works.
+PYTHON = shlex.quote(sys.executable)
 
 
 wildcard_constraints:
@@ -66,21 +66,20 @@ rule prepare:
         f"{BUILD}/data/{{dataset}}/images.npy",
         f"{BUILD}/data/{{dataset}}/manifest.json",
     shell:
-        f"python -m companion prepare {{wildcards.dataset:q}} --build {shlex.quote(BUILD)}"
+        f"{PYTHON} -m companion prepare {{wildcards.dataset:q}} --build {shlex.quote(BUILD)}"
 
 
 IMAGES = [f"{BUILD}/data/{name}/manifest.json" for name in (DATASET, OOD) if name]
 
 
-def execute(page):
-    """The command that executes a page's notebook. Outputs of failed jobs are deleted, so papermill writes to the log: a
-    failed notebook stays there to be read."""
+def parameters(page):
+    """papermill's arguments for a page, for a shell."""
     choice = {"profile": PROFILE, "dataset": DATASET, "edition": EDITION, "build": str(EXPERIMENT.build)}
     words = [word for key, value in choice.items() for word in ("-r", key, value)]  # -r: as text, whatever it looks like
     words += ["-p", "seed", SEED]
     for key, value in PAGES[page].parameters.items():
         words += ["-p" if isinstance(value, bool) else "-r", key, str(value)]
-    return "papermill {input.notebook} {log} --no-progress-bar --log-level WARNING " + shlex.join(words) + " && cp {log} {output}"
+    return shlex.join(words)
 
 
 def needed(page):
@@ -94,7 +93,8 @@ def needed(page):
     return TRAINING
 
 
-# One rule a page. A page that trains has every core to itself, and on a cluster what its resources say; it is made again
+# One rule a page. Outputs of failed jobs are deleted, so papermill writes to the log: a failed notebook stays there to be read.
+# A page that trains has every core to itself, and on a cluster what its resources say; it is made again
 # when its runs' settings or the code of a training change (both are in the names of the runs' folders).
 for page in PAGES:
 
@@ -115,13 +115,15 @@ for page in PAGES:
         params:
             runs=[run.folder_name for run in PAGES[page].runs],
             retrain=RETRAIN,
+            words=parameters(page),
         threads: workflow.cores if PAGES[page].runs else 1
         resources:
             gpu=1 if PAGES[page].runs and PROFILE == "paper" else 0,
             mem_mb=24000 if PROFILE == "paper" else 4000,
             runtime=60 * 24 if PROFILE == "paper" else 60 * 6,
         shell:
-            execute(page)
+            PYTHON + " -m papermill {input.notebook:q} {log:q} --no-progress-bar --log-level WARNING {params.words}"
+            " && cp {log:q} {output:q}"
 
 
 # Timed, so it has every core to itself. The record of one method stands for all.
@@ -134,7 +136,7 @@ rule classical:
         f"{BUILD}/classical/{EXPERIMENT.key}-{EDITION}",
     threads: workflow.cores
     shell:
-        f"python -m companion classical {CHOICE} && touch {{output:q}}"
+        f"{PYTHON} -m companion classical {CHOICE} && touch {{output:q}}"
 
 
 rule tabulate:
@@ -147,7 +149,7 @@ rule tabulate:
     output:
         expand(f"{BUILD}/tables/{{table}}", table=TABLES),
     shell:
-        f"python -m companion tabulate {CHOICE}"
+        f"{PYTHON} -m companion tabulate {CHOICE}"
 
 
 # What the explorer page shows: grids of reconstructions, and the solvers as ONNX.
@@ -158,7 +160,7 @@ rule explorer:
         directory(f"{BUILD}/explorer"),
     threads: workflow.cores
     shell:
-        f"python -m companion explorer {CHOICE}"
+        f"{PYTHON} -m companion explorer {CHOICE}"
 
 
 # What runs them in the reader's browser. Without npm the page shows the precomputed grids only; the next build tries again.
@@ -213,7 +215,7 @@ rule book:
     log:
         f"{BUILD}/logs/book.log",
     shell:
-        f"rm -rf {BUILD}/_build"
-        " && (jupyter-book build {input} --path-output " + BUILD + " -W -n --keep-going > {log} 2>&1"
+        f"rm -rf {BUILD}/_build && ({PYTHON} -c 'from jupyter_book.cli.main import main; main()' build {{input}}"
+        f" --path-output {BUILD} -W -n --keep-going > {{log}} 2>&1"
         "     || {{ grep -E 'WARNING|ERROR|Error' {log} || tail -n 40 {log}; exit 1; }})"
         f" && rm -rf {BUILD}/html && mv {BUILD}/_build/html {BUILD}/html && rm -r {BUILD}/_build"

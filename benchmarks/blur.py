@@ -1,30 +1,28 @@
-"""Which blur fits the paper's six numbers? For each kernel size and boundary: what classical inverses recover, what they lose
+"""Which blur fits the paper's six numbers? For each kernel size and boundary: what classical inverses
+recover, what they lose
 from σ_b 5 to 8, and what each proximal mapping reaches after a short training at 5, tested at both.
 
-Run: python benchmarks/blur.py --dataset celeba --flow build/runs/cpu-celeba-s0/flow
-Trainings lie under build/blur; what is there is not trained again."""
+Run, in a build that has its flow: python -m benchmarks.blur --dataset celeba --build build"""
 
 import argparse
-import dataclasses
-import shutil
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
-from flowlib import data, experiments, psnr
-from flowlib.checkpoints import load_checkpoint, load_tensors
 from companion.classical import conjugate_gradients, tikhonov
-from flowlib.data import to_tensor
-from flowlib.experiments import TASKS, Experiment
+from companion.experiment import Experiment
 from companion.files import write_json
-from flowlib.operators import Blur
-from companion.provenance import provenance
 from companion.paths import RESULTS
-from flowlib.tables import paper_table
-from flowlib.training import device, train_unfolded
+from companion.provenance import provenance
+from companion.runs import ensure
+from companion.settings import METHODS
+from companion.tables import paper_table
+from companion.training import device, train
+from flowlib import Blur, psnr
+from flowlib.images import to_tensor
 
 KERNELS = (3, 5, 7, 9, 15, 31)
-PROXES = ("resnet", "unet", "glow")
+TRAINED = ("resnet", "unet", "glow")
 
 
 @torch.no_grad()
@@ -38,11 +36,19 @@ def classical(operator, x):
 
 @torch.no_grad()
 def transferred(kernel_size, boundary, x):
-    """What an inverse made for σ_b 5 loses at 8: for each method of the paper the regularisation with which Tikhonov's inverse
-    is exactly as good at 5, and the PSNR of that very inverse at 8. It needs no training, so nothing of it hangs on ours."""
+    """What an inverse made for σ_b 5 loses at 8: for each method of the paper the regularisation with which
+    Tikhonov's inverse
+    is exactly as good at 5, and the PSNR of that very inverse at 8. It needs no training, so nothing of it
+    hangs on ours."""
     x, blurs = x.double(), {s: Blur(s, kernel_size, boundary).double() for s in (5.0, 8.0)}
-    paper = {label: value for (task, _, label), value in paper_table("III", "v2").items() if task == "deblurring"}
-    at_5 = {label: value for (task, _, label), value in paper_table("I", "v2").items() if task == "deblurring"}
+    paper, at_5 = (
+        {
+            METHODS[method].label: value
+            for (task, method), value in paper_table(name, "v2").items()
+            if task == "deblurring"
+        }
+        for name in ("III", "I")
+    )
 
     def found(s, alpha):
         return psnr(tikhonov(blurs[s].A(x), blurs[5.0], alpha), x).mean().item()
@@ -59,9 +65,9 @@ def transferred(kernel_size, boundary, x):
 
 
 @torch.no_grad()
-def tested(path, kernel_size, boundary, x):
+def tested(solver, kernel_size, boundary, x):
     """Mean PSNR of a trained solver at σ_b 5 and 8."""
-    solver, result = load_checkpoint(path).to(device()), {}
+    result = {}
     for sigma_b in (5.0, 8.0):
         operator = Blur(sigma_b, kernel_size, boundary).to(device())
         x_hat = torch.cat([solver(operator.A(batch), operator) for batch in x.to(device()).split(50)])
@@ -73,55 +79,36 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="synthetic")
     parser.add_argument("--edition", default="v1")
-    parser.add_argument("--flow", required=True, help="folder of a pre-trained flow of the profile cpu")
+    parser.add_argument("--profile", default="short")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--train", nargs="*", type=int, default=(3, 5, 9), help="kernel sizes that are trained")
-    parser.add_argument("--build", default="build/blur")
+    parser.add_argument(
+        "--train", nargs="*", type=int, default=(3, 5, 9), help="kernel sizes that are trained"
+    )
+    parser.add_argument("--build", default="build")
     args = parser.parse_args()
-    rows = []
+    experiment, rows = Experiment(args.profile, args.dataset, args.edition, build=args.build), []
+    x = to_tensor(experiment.split("test"))
     for boundary in Blur.BOUNDARIES:
         for kernel_size in KERNELS:
-            experiment = Experiment(
-                "cpu", args.dataset, args.edition, build=Path(args.build) / f"{boundary}-{kernel_size}"
-            )
-            out = Path(args.build) / "data" / args.dataset
-            if not (out / "manifest.json").exists():
-                data.prepare_named(args.dataset, out)
-            x = to_tensor(
-                data.load(out).images[data.split_indices(len(data.load(out)), **experiment.split_sizes)["test"]]
-            )
             row = {"kernel_size": kernel_size, "boundary": boundary}
             row["classical"] = {str(s): classical(Blur(s, kernel_size, boundary), x[:50]) for s in (5.0, 8.0)}
             row["transferred"] = transferred(kernel_size, boundary, x[:50])
             rows.append(row)
             if boundary != "circular" or kernel_size not in args.train:
                 continue
-            # The task with this kernel, in a build of its own that shares images and flow.
-            changed = dataclasses.replace(TASKS["deblurring"], parameters=dict(sigma_b=5.0, kernel_size=kernel_size))
-            experiments.TASKS["deblurring"] = changed
-            shutil.copytree(out, experiment.build / "data" / args.dataset, dirs_exist_ok=True)
-            shutil.copytree(args.flow, experiment.flow_directory(), dirs_exist_ok=True)
-            profile = experiment.profile
-            short = {
-                k: dataclasses.replace(v, num_steps=args.steps, validate_every=args.steps)
-                for k, v in profile.unfolding.items()
-            }
-            experiment.profile = dataclasses.replace(profile, unfolding=short)
             row["trained"] = {}
-            for prox in PROXES:
-                path = experiment.directory("deblurring", prox) / "model.safetensors"
-                if not path.exists():
-                    train_unfolded(experiment, "deblurring", prox)
-                summary = load_tensors(path)[1]["info"]["summary"]
-                row["trained"][prox] = tested(path, kernel_size, boundary, x) | {"images_seen": summary["images_seen"]}
+            for method in TRAINED:
+                run = experiment.solver("deblurring", method)
+                if run.start:
+                    ensure(experiment, run.start)
+                settings = replace(run.training, num_steps=args.steps, validate_every=args.steps)
+                run = replace(run, training=settings, operator=dict(sigma_b=5.0, kernel_size=kernel_size))
+                solver, summary = train(experiment, run)
+                found = tested(solver, kernel_size, boundary, x)
+                row["trained"][method] = found | {"images_seen": summary["images_seen"]}
             print(row)
-    record = {
-        "rows": rows,
-        "arguments": {"dataset": args.dataset, "steps": args.steps},
-        "split": experiment.split_sizes,
-        **provenance(),
-    }
-    write_json(RESULTS / "benchmarks" / "blur.json", record)
+    about = {"arguments": {"dataset": args.dataset, "steps": args.steps}, "split": experiment.split_sizes}
+    write_json(RESULTS / "benchmarks" / "blur.json", {"rows": rows} | about | provenance())
 
 
 if __name__ == "__main__":

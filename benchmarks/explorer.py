@@ -1,5 +1,5 @@
-"""How quickly the explorers answer: the live one in a kernel, and the page in a headless Chromium, from its load to the first
-answer of the solver and from a slider's event to the next.
+"""How quickly the explorers answer: the live one in a kernel, and the page in a headless Chromium, from its
+load to the first answer of the solver and from a slider's event to the next.
 
 Run after make book: python benchmarks/explorer.py --profile demo"""
 
@@ -14,11 +14,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import torch
 from playwright.sync_api import sync_playwright
 
-from flowlib.experiments import EDITIONS, PROFILES, Experiment
+from companion.experiment import Experiment
 from companion.explorer.live import Explorer
 from companion.files import write_json
-from companion.provenance import provenance
 from companion.paths import RESULTS
+from companion.provenance import provenance
+from companion.settings import EDITIONS, PROFILES
 
 # Moves the factor of μ, and says how long the answer took in milliseconds.
 MOVE = """async (value) => {
@@ -26,8 +27,8 @@ MOVE = """async (value) => {
   const start = performance.now();
   slider.value = value;
   slider.dispatchEvent(new Event("input", { bubbles: true }));
-  while (explorer.result?.generation !== explorer.generation) await new Promise((resolve) => setTimeout(resolve, 1));
-  return performance.now() - start;
+  while (explorer.result?.generation !== explorer.generation) await new Promise((resolve) =>
+  setTimeout(resolve, 1)); return performance.now() - start;
 }"""
 READY = "() => document.querySelector('.flow-explorer')?.explorer?.result && performance.now()"
 
@@ -38,27 +39,31 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 def summary(values):
-    return {"median": statistics.median(values), "largest": max(values), "values": [round(v, 1) for v in values]}
+    return {
+        "median": statistics.median(values),
+        "largest": max(values),
+        "values": [round(v, 1) for v in values],
+    }
 
 
 def in_kernel(experiment, repeats):
     """Milliseconds of an update for every trained solver: the reconstruction, all panels and the plot."""
     explorer, times = Explorer(experiment), {}
-    for task, prox in explorer.trained:
+    for task, method in explorer.trained:
         explorer.task.value = task
-        explorer.prox.value = prox
+        explorer.method.value = method
         values = []
         for i in range(repeats):
             start = time.perf_counter()
             explorer.scale.value = 0.8 + 0.01 * i
             values.append(1000 * (time.perf_counter() - start))
-        times[f"{task}-{prox}"] = summary(values)
+        times[f"{task}-{method}"] = summary(values)
     return times
 
 
 def in_browser(html, repeats):
-    """Milliseconds from the page's load to the first answer of the live solver, in a browser that has seen nothing yet, and of
-    the answers that follow."""
+    """Milliseconds from the page's load to the first answer of the live solver, in a browser that has seen
+    nothing yet, and of the answers that follow."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=html))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -69,7 +74,7 @@ def in_browser(html, repeats):
         )
         for _ in range(5):
             page = browser.new_context().new_page()
-            page.goto(f"http://127.0.0.1:{server.server_port}/notebooks/12_explorer.html")
+            page.goto(f"http://127.0.0.1:{server.server_port}/notebooks/explorer.html")
             ready.append(page.wait_for_function(READY, polling=20, timeout=60_000).json_value())
         for task in page.locator(".tasks input").all():
             task.check(force=True)

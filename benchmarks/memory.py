@@ -1,7 +1,8 @@
-"""Peak memory of one training step, above parameters and gradients, in every memory mode. Run: python benchmarks/memory.py
+"""Peak memory of one training step, above parameters and gradients, in every memory mode. Run: python -m
+benchmarks.memory.py
 
-Each case runs in a process of its own whose allocator returns freed memory at once, so that the peak of the resident set,
-as the Linux kernel counts it, is what the step needed."""
+Each case runs in a process of its own whose allocator returns freed memory at once, so that the peak of the
+resident set, as the Linux kernel counts it, is what the step needed."""
 
 import argparse
 import json
@@ -11,11 +12,11 @@ import sys
 
 import torch
 
-from flowlib import Glow, set_compute_dtype
 from companion.files import write_json
-from flowlib.glow import MEMORY_MODES, set_memory
-from companion.provenance import provenance
 from companion.paths import RESULTS
+from companion.provenance import provenance
+from flowlib import Glow, set_compute_dtype
+from flowlib.glow import MEMORY_MODES, set_memory
 
 BATCH, SIZE = 8, 64
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -49,7 +50,9 @@ def peak_of_a_step(config, mode, bf16):
 
 def in_own_process(config, mode, bf16):
     command = [sys.executable, __file__, "--case", json.dumps([config, mode, bf16])]
-    output = subprocess.run(command, env=os.environ | ALLOCATOR, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(
+        command, env=os.environ | ALLOCATOR, check=True, capture_output=True, text=True
+    ).stdout
     return float(output)
 
 
@@ -66,7 +69,9 @@ def main():
     for bf16 in (False, True):
         for mode in MEMORY_MODES:
             megabytes = in_own_process(config, mode, bf16)
-            rows.append({"dtype": "bfloat16" if bf16 else "float32", "mode": mode, "peak_mb": round(megabytes, 1)})
+            rows.append(
+                {"dtype": "bfloat16" if bf16 else "float32", "mode": mode, "peak_mb": round(megabytes, 1)}
+            )
             print(rows[-1])
     # One level of 32x32 pixels, so that only the number of steps differs.
     few, many = args.steps // 2, 2 * args.steps
@@ -76,7 +81,11 @@ def main():
         peaks = [in_own_process(level | {"last_level_steps": n}, mode, False) for n in (few, many)]
         growth[mode] = round((peaks[1] - peaks[0]) / (many - few), 2)
         print(mode, "grows by", growth[mode], "MB a step")
-    about = {"arguments": {k: v for k, v in vars(args).items() if k != "case"}, "batch": BATCH, "image_size": SIZE}
+    about = {
+        "arguments": {k: v for k, v in vars(args).items() if k != "case"},
+        "batch": BATCH,
+        "image_size": SIZE,
+    }
     record = {"rows": rows, "growth_mb_per_step": growth, **about, **provenance()}
     write_json(RESULTS / "benchmarks" / "memory.json", record)
 

@@ -1,8 +1,9 @@
 """The same flow steps in other packages: time as ratios in one run, minima over alternating repeats.
 
-Every package runs a chain of Glow steps at the first level of the paper's flow (12 channels, 32x32 pixels): ActNorm, 1x1
-convolution, one-sided affine coupling with a network of 3x3, 1x1 and 3x3 convolutions and hidden channels as given.
-Install them with: pip install -r benchmarks/requirements.txt; then: python benchmarks/peers.py"""
+Every package runs a chain of Glow steps at the first level of the paper's flow (12 channels, 32x32 pixels):
+ActNorm, 1x1
+convolution, one-sided affine coupling with a network of 3x3, 1x1 and 3x3 convolutions and hidden channels as
+given. Install them with: pip install -r benchmarks/requirements.txt; then: python benchmarks/peers.py"""
 
 import argparse
 
@@ -15,9 +16,9 @@ from speed import alternate
 from torch import nn
 
 from companion.files import write_json
-from flowlib.layers import FlowStep
-from companion.provenance import provenance
 from companion.paths import RESULTS
+from companion.provenance import provenance
+from flowlib.layers import FlowStep
 from flowlib.reversible import run_chain
 
 BATCH, CHANNELS, SIZE = 8, 12, 32
@@ -92,12 +93,15 @@ def freia_chain(steps, hidden, memory_format):
     for _ in range(steps):
         chain.append(FrEIA.modules.ActNorm)
         chain.append(FrEIA.modules.Fixed1x1Conv, M=torch.linalg.qr(torch.randn(CHANNELS, CHANNELS))[0])
-        chain.append(FrEIA.modules.AffineCouplingOneSided, subnet_constructor=coupling_net(hidden, memory_format))
+        chain.append(
+            FrEIA.modules.AffineCouplingOneSided, subnet_constructor=coupling_net(hidden, memory_format)
+        )
     return chain
 
 
 class MemcnnStep(nn.Module):
-    """A one-sided coupling in memcnn's own wrapper, which brings the invertible backpropagation; it keeps no log-determinant."""
+    """A one-sided coupling in memcnn's own wrapper, which brings the invertible backpropagation; it keeps no
+    log-determinant."""
 
     def __init__(self, hidden):
         super().__init__()
@@ -174,7 +178,8 @@ def main():
         )
         print(rows[-1])
     write_json(
-        RESULTS / "benchmarks" / "peers.json", {"rows": rows, "arguments": vars(args), "batch": BATCH, **provenance()}
+        RESULTS / "benchmarks" / "peers.json",
+        {"rows": rows, "arguments": vars(args), "batch": BATCH, **provenance()},
     )
 
 

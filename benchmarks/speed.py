@@ -1,7 +1,9 @@
 """Speed of the flow as ratios in one run: minima and medians over alternating repeats, beside the floor.
 
-The floor is the coupling networks' convolutions alone (with ReLU), in the same memory format and dtype: no flow that
-evaluates these networks can be faster. Run on a quiet machine: python benchmarks/speed.py [--steps 18 --hidden 512]"""
+The floor is the coupling networks' convolutions alone (with ReLU), in the same memory format and dtype: no
+flow that
+evaluates these networks can be faster. Run on a quiet machine: python -m benchmarks.speed [--steps 18
+--hidden 512]"""
 
 import argparse
 import json
@@ -11,11 +13,10 @@ import time
 import torch
 from torch import nn
 
-from flowlib import Glow, set_compute_dtype
 from companion.files import write_json
-from flowlib import set_memory
-from companion.provenance import provenance
 from companion.paths import RESULTS
+from companion.provenance import provenance
+from flowlib import Glow, set_compute_dtype, set_memory
 
 BATCH, SIZE = 8, 64
 
@@ -35,9 +36,13 @@ class Floor(nn.Module):
                     for c in convs
                 ]
                 self.nets.append(
-                    nn.Sequential(copies[0], nn.ReLU(inplace=True), copies[1], nn.ReLU(inplace=True), copies[2])
+                    nn.Sequential(
+                        copies[0], nn.ReLU(inplace=True), copies[1], nn.ReLU(inplace=True), copies[2]
+                    )
                 )
-                h = torch.rand(BATCH, net.conv1.in_channels, height, width).to(dtype, memory_format=torch.channels_last)
+                h = torch.rand(BATCH, net.conv1.in_channels, height, width).to(
+                    dtype, memory_format=torch.channels_last
+                )
                 self.inputs.append(h)
         self.to(memory_format=torch.channels_last)
 
@@ -82,21 +87,28 @@ def bandwidth(size=2**27):
 
 @torch.no_grad()
 def roofline(glow, dtype, repeats):
-    """For each convolution of the first coupling net of every level: floating-point operations for each byte that must
-    at least be moved, and GFLOP/s reached."""
+    """For each convolution of the first coupling net of every level: floating-point operations for each byte
+    that must at least be moved, and GFLOP/s reached."""
     rows = []
     for level, (_, height, width) in enumerate(glow.latent_shapes(SIZE)):
         net = glow.levels[level][0].coupling.net
         for name in ("conv1", "conv2", "conv3"):
             theirs = getattr(net, name)
             shape = (theirs.in_channels, theirs.out_channels, theirs.kernel_size)
-            conv = nn.Conv2d(*shape, padding=theirs.padding, dtype=dtype).to(memory_format=torch.channels_last)
-            x = torch.randn(BATCH, theirs.in_channels, height, width).to(dtype, memory_format=torch.channels_last)
+            conv = nn.Conv2d(*shape, padding=theirs.padding, dtype=dtype).to(
+                memory_format=torch.channels_last
+            )
+            x = torch.randn(BATCH, theirs.in_channels, height, width).to(
+                dtype, memory_format=torch.channels_last
+            )
             y = conv(x)
             flops = 2 * y.numel() * conv.weight[0].numel()
             num_bytes = sum(t.numel() * t.element_size() for t in (x, y, conv.weight))
             seconds = min(timed(lambda conv=conv, x=x: conv(x)) for _ in range(4 * repeats))
-            reached = {"flops_per_byte": round(flops / num_bytes, 1), "gflops": round(flops / seconds / 1e9, 1)}
+            reached = {
+                "flops_per_byte": round(flops / num_bytes, 1),
+                "gflops": round(flops / seconds / 1e9, 1),
+            }
             rows.append({"dtype": name_of(dtype), "level": level + 1, "conv": name} | reached)
     return rows
 
@@ -107,7 +119,11 @@ def name_of(dtype):
 
 def measure_machine():
     peaks = {name_of(dtype): round(matmul_peak(dtype)) for dtype in (torch.float32, torch.bfloat16)}
-    return {"matmul_gflops": peaks, "bandwidth_gb_per_s": round(bandwidth(), 1), "threads": torch.get_num_threads()}
+    return {
+        "matmul_gflops": peaks,
+        "bandwidth_gb_per_s": round(bandwidth(), 1),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def faster(a, b):
@@ -164,11 +180,16 @@ def main():
 
         functions["flowlib training, reversible"] = reversible
         # What is compared runs one after the other.
-        seconds = alternate(dict(sorted(functions.items(), key=lambda item: "training" in item[0])), args.repeats)
+        seconds = alternate(
+            dict(sorted(functions.items(), key=lambda item: "training" in item[0])), args.repeats
+        )
         for key, values in seconds.items():
             floor = seconds["floor training" if "training" in key else "floor forward"]
             row = {"dtype": name_of(dtype), "what": key, "ms": round(1000 * min(values), 1)}
-            row |= {"times_floor": round(min(values) / min(floor), 3), "median": round(median_ratio(values, floor), 3)}
+            row |= {
+                "times_floor": round(min(values) / min(floor), 3),
+                "median": round(median_ratio(values, floor), 3),
+            }
             rows.append(row)
             print(row)
         plain, memory_free = seconds["flowlib training"], seconds["flowlib training, reversible"]
@@ -184,7 +205,9 @@ def main():
         "image_size": SIZE,
         **provenance(),
     }
-    write_json(RESULTS / "benchmarks" / "speed.json", {"rows": rows, "roofline": roof, "machine": machine, **about})
+    write_json(
+        RESULTS / "benchmarks" / "speed.json", {"rows": rows, "roofline": roof, "machine": machine, **about}
+    )
 
 
 if __name__ == "__main__":

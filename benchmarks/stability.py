@@ -1,25 +1,25 @@
-"""Which scale rule survives inputs that are no images? Pre-trains one flow for each rule on the same images and steps, inverts
-what it maps, shrinks its latents, and starts unfolded training from it. Run: python benchmarks/stability.py --dataset celeba
+"""Which scale rule survives inputs that are no images? Pre-trains one flow for each rule on the same images
+and steps, inverts what it maps, shrinks its latents, and starts unfolded training from it.
 
-Flows and trainings lie under build/stability; what is there is not trained again."""
+Run, in a build with prepared images: python -m benchmarks.stability --dataset celeba --build build"""
 
 import argparse
-import dataclasses
-import json
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from flowlib import data
-from flowlib.checkpoints import load_checkpoint, load_tensors
-from flowlib.experiments import Experiment, Training
+from companion.experiment import Experiment
 from companion.files import write_json
-from flowlib import set_memory
-from flowlib.operators import Blur, Inpainting
-from companion.provenance import provenance
-from flowlib.prox import GlowProx
 from companion.paths import RESULTS
-from flowlib.training import Diverged, generator_for, pretrain, train_unfolded
+from companion.provenance import provenance
+from companion.runs import ensure, load
+from companion.training import model_path, train
+from flowlib import Blur, GlowProx, Inpainting, load_checkpoint, set_memory
+from flowlib.checkpoints import load_tensors
+from flowlib.images import dequantize
+from flowlib.training import Diverged, Training, generator_for
 
 # What is tried, by name: settings of the flow, and of its pre-training.
 RULES = {
@@ -57,8 +57,8 @@ def inputs(x):
 
 @torch.no_grad()
 def describe(glow, x):
-    """For every kind of input: the largest error of g(f(x)) in float32, the rms of the finest latents, and the rms change of
-    the image for each unit of λ when its latents are divided by 1 + λ."""
+    """For every kind of input: the largest error of g(f(x)) in float32, the rms of the finest latents, and
+    the rms change of the image for each unit of λ when its latents are divided by 1 + λ."""
     rows = {}
     for name, image in inputs(x).items():
         latents, _ = glow(image)
@@ -68,7 +68,11 @@ def describe(glow, x):
 
         response = {str(lam): finite(change(lam).square().mean().sqrt() / lam) for lam in SHRINKAGES}
         latent_rms = finite(latents[0].square().mean().sqrt())
-        rows[name] = {"round_trip": finite(change(0.0).abs().max()), "latent_rms": latent_rms, "response": response}
+        rows[name] = {
+            "round_trip": finite(change(0.0).abs().max()),
+            "latent_rms": latent_rms,
+            "response": response,
+        }
     return rows
 
 
@@ -86,34 +90,18 @@ def conditioning(glow):
     }
 
 
-def prepared(profile, args, name, **changes):
-    """The experiment of a profile with changes, with its data, in a folder of its own."""
-    experiment = Experiment(profile, args.dataset, "v1", build=Path(args.build) / name)
-    experiment.profile = dataclasses.replace(experiment.profile, **changes)
-    out = experiment.build / "data" / args.dataset
-    if not (out / "manifest.json").exists():
-        data.prepare_named(args.dataset, out, num_images=10_000)
-    return experiment
-
-
-def unfolded(experiment, task):
+def unfolded(experiment, run):
     """{"psnr": of the validation images after the last step}, or {"diverged": at which step, "reason"}."""
-    directory = experiment.directory(task, "glow")
-    if not (directory / "model.safetensors").exists() and not (directory / "record.json").exists():
-        try:
-            train_unfolded(experiment, task, "glow")
-        except Diverged:
-            pass
-    if (directory / "record.json").exists():
-        record = json.loads((directory / "record.json").read_text())
-        return {"diverged": record["training"]["steps"], "reason": record["reason"]}
-    history = load_tensors(directory / "model.safetensors")[1]["info"]["summary"]["history"]
-    return {"psnr": -10 * torch.tensor(history[-1]["val_loss"]).log10().item()}
+    try:
+        _, summary = train(experiment, run)
+    except Diverged as error:
+        return {"diverged": error.summary["steps"], "reason": str(error)}
+    return {"psnr": -10 * math.log10(summary["history"][-1]["val_loss"])}
 
 
 def gradient_errors(glow, x):
-    """Relative differences of all gradients of one proximal step on noisy x, by plain and by invertible backpropagation: of
-    each in float32 to plain in float64, and between the two in float64."""
+    """Relative differences of all gradients of one proximal step on noisy x, by plain and by invertible
+    backpropagation: of each in float32 to plain in float64, and between the two in float64."""
     noisy = x + 0.2 * torch.randn(x.shape, generator=generator_for(0, "gradients"))
     gradients = {}
     for dtype in (torch.float32, torch.float64):
@@ -145,40 +133,46 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="synthetic")
     parser.add_argument("--steps", type=int, default=PRETRAINING.num_steps)
-    parser.add_argument("--build", default="build/stability")
+    parser.add_argument("--build", default="build")
     parser.add_argument(
         "--flows", nargs="*", default=[], help="model.safetensors of other flows, described beside them"
     )
-    parser.add_argument("--paper-steps", type=int, default=0, help="also train a flow of the paper's size so long")
+    parser.add_argument(
+        "--paper-steps", type=int, default=0, help="also train a flow of the paper's size so long"
+    )
     args = parser.parse_args()
-    rows = []
+    experiment, rows = Experiment("short", args.dataset, "v1", build=args.build), []
+    test = dequantize(experiment.split("test"), generator_for(0, "test"))
     for rule, (config, overrides) in RULES.items():
-        pretraining = dataclasses.replace(PRETRAINING, num_steps=args.steps, **overrides)
-        changes = dict(flow=FLOW | config, pretraining=pretraining, unfolding={"glow": UNFOLDED})
-        experiment = prepared("cpu", args, rule, **changes)
-        path = experiment.flow_directory() / "model.safetensors"
-        try:
-            if not path.exists():
-                pretrain(experiment)
-        except Diverged as error:
-            rows.append({"rule": rule, "diverged": str(error)})
+        settings = replace(PRETRAINING, num_steps=args.steps, **overrides)
+        flow = replace(experiment.flow(), config=FLOW | config, training=settings)
+        record = ensure(experiment, flow)
+        if record["kind"] == "failed":
+            rows.append({"rule": rule, "diverged": record["reason"]})
             continue
-        glow = load_checkpoint(path)
-        test = data.dequantize(experiment.split("test"), generator_for(0, "test"))
+        glow = load(experiment, flow).requires_grad_(True)
         with torch.no_grad():
             bits = torch.cat([glow.bits_per_dim(batch) for batch in test.split(50)]).mean().item()
         row = {"rule": rule, "bits_per_dim": bits, **conditioning(glow), "inputs": describe(glow, test[:32])}
-        rows.append(row | {"unfolded": {task: unfolded(experiment, task) for task in TASKS}})
+        solvers = {
+            task: replace(
+                experiment.solver(task, "glow"), start=flow, config=FLOW | config, training=UNFOLDED
+            )
+            for task in TASKS
+        }
+        rows.append(row | {"unfolded": {task: unfolded(experiment, run) for task, run in solvers.items()}})
         print(rows[-1])
-    record = {"rows": rows, "num_images": args.steps * 16, "unfolded_training": dataclasses.asdict(UNFOLDED)}
+    record = {"rows": rows, "num_images": args.steps * 16, "unfolded_training": asdict(UNFOLDED)}
     record |= {"num_parameters": sum(p.numel() for p in glow.parameters()), "split": experiment.split_sizes}
     flows = [Path(path) for path in args.flows]
     if args.paper_steps:
-        short = Training(num_steps=args.paper_steps, batch_size=8, lr=3e-4, validate_every=100, val_images=50)
-        experiment = prepared("paper", args, "paper", pretraining=short)
-        flows.append(experiment.flow_directory() / "model.safetensors")
-        if not flows[-1].exists():
-            pretrain(experiment)
+        paper = Experiment("paper", args.dataset, "v1", build=args.build)
+        settings = Training(
+            num_steps=args.paper_steps, batch_size=8, lr=3e-4, validate_every=100, val_images=50
+        )
+        run = replace(paper.flow(), training=settings)
+        ensure(paper, run)
+        flows.append(model_path(paper, run))
     record["longer"] = [longer(path, test[:32]) for path in flows]
     write_json(
         RESULTS / "benchmarks" / "stability.json",

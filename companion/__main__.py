@@ -1,4 +1,5 @@
-"""The command line: python -m companion {prepare, run, classical, tabulate, explorer, publish, verify, list}."""
+"""The command line: python -m companion {book, prepare, list, run, classical, tabulate, explorer, publish,
+verify}."""
 
 import argparse
 import sys
@@ -18,12 +19,17 @@ def main(argv=None):
 def _parser():
     parser = argparse.ArgumentParser(prog="companion", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    prepare = commands.add_parser("prepare", help="pack a folder or zip of images (or a known data set) at 64x64")
-    prepare.add_argument("source", help="synthetic, synthetic-ood, celeba, anime, or a path to a folder or zip")
+    prepare = commands.add_parser(
+        "prepare", help="pack a folder or zip of images (or a known data set) at 64x64"
+    )
+    prepare.add_argument(
+        "source", help="synthetic, synthetic-ood, celeba, anime, or a path to a folder or zip"
+    )
     prepare.add_argument("--name", help="what to call the data set (default: from the source)")
     prepare.add_argument("--crop", choices=("celeba", "square"), default="square", help="for a path")
     prepare.add_argument("--build", default="build")
     for name, help in {
+        "book": "build the book: train what is missing, execute the notebooks, render",
         "list": "name the runs of an experiment",
         "run": "make one run and what it starts from: train what is missing, evaluate it, write its record",
         "classical": "run the classical methods of all tasks, and write their records",
@@ -38,16 +44,22 @@ def _parser():
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--build", default="build")
         if name == "run":
-            command.add_argument("--run", required=True, help="flow, flow-noisy, or task and method: inpainting-glow")
+            command.add_argument(
+                "--run", required=True, help="flow, flow-noisy, or task and method: inpainting-glow"
+            )
         if name == "publish":
             command.add_argument("--ship", nargs="*", default=[], help="also keep these models, small")
-    verify = commands.add_parser("verify", help="evaluate every model that is kept with the code, compare with its record")
+    verify = commands.add_parser(
+        "verify", help="evaluate every model that is kept with the code, compare with its record"
+    )
     verify.add_argument("--build", default="build")
     return parser
 
 
 def _prepare(source, name, crop, build):
-    out = data.prepare_into(source, build_folder(build) / "data", name=name, crop=crop, num_images=SYNTHETIC_IMAGES)
+    out = data.prepare_into(
+        source, build_folder(build) / "data", name=name, crop=crop, num_images=SYNTHETIC_IMAGES
+    )
     print(f"{len(data.load(out))} images in {out}")
 
 
@@ -56,7 +68,10 @@ def _verify(build):
 
     rows = []
     for row in records.verify(build):
-        print("  ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()), flush=True)
+        print(
+            "  ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()),
+            flush=True,
+        )
         rows.append(row)
     if not rows:
         print("no model is kept here: verify runs in a checkout of the project", file=sys.stderr)
@@ -97,7 +112,12 @@ def _classical(**choice):
 
     experiment = _experiment(**choice)
     for task in experiment.tasks():
-        record_classical(experiment, task)
+        print(
+            task,
+            ", ".join(
+                f"{r['method']} {r['psnr']['mean']:.2f} dB" for r in record_classical(experiment, task)
+            ),
+        )
 
 
 def _tabulate(**choice):
@@ -113,7 +133,7 @@ def _explorer(**choice):
 
 
 def _publish(ship, **choice):
-    from companion.runs import is_finished, publish
+    from companion.runs import is_finished, publish, publish_classical
     from companion.settings import choose
 
     experiment = _experiment(**choice)
@@ -122,9 +142,17 @@ def _publish(ship, **choice):
     for name, run in experiment.runs().items():
         if is_finished(experiment, run):
             print(publish(experiment, run, ship=name in ship))
+    publish_classical(experiment)
+
+
+def _book(build, **choice):
+    from companion.book import build_book
+
+    return build_book(build, **choice)
 
 
 COMMANDS = {
+    "book": _book,
     "prepare": _prepare,
     "list": _list,
     "run": _run,

@@ -13,8 +13,8 @@ from flowlib.training import Training
 class Experiment:
     """What is run with one choice of profile, data set, edition and seed.
 
-    overrides: num_folds, flow, unet, resnet (configurations), and num_steps, lr, batch_size of the trainings of solvers;
-    None stands for the profile's. Raises ValueError for an unknown name."""
+    overrides: num_folds, flow, unet, resnet (configurations), and num_steps, lr, batch_size of the trainings
+    of solvers; None stands for the profile's. Raises ValueError for an unknown name."""
 
     def __init__(self, profile="demo", dataset="synthetic", edition="v2", seed=0, build="build", **overrides):
         self.profile = choose(PROFILES, profile, "profile")
@@ -36,15 +36,20 @@ class Experiment:
     def _training(self, method: str, network: str) -> Training:
         """Of a solver: the profile's settings with the overrides."""
         chosen = self.profile.unfolding.get(method) or self.profile.unfolding[network]
-        return replace(chosen, **{k: v for k, v in self.overrides.items() if k in ("num_steps", "lr", "batch_size")})
+        return replace(
+            chosen, **{k: v for k, v in self.overrides.items() if k in ("num_steps", "lr", "batch_size")}
+        )
 
     def _run(self, **settings) -> Run:
         return Run(dataset=self.dataset, seed=self.seed, images=self.split_sizes, **settings)
 
     def flow(self, noisy: bool = False) -> Run:
-        """The pre-training of the flow. Both editions start from the same one, so the sizes of their splits do not count."""
+        """The pre-training of the flow. Both editions start from the same one, so the sizes of their splits
+        do not count."""
         training = self.profile.noisy_pretraining if noisy else self.profile.pretraining
-        settings = dict(kind="flow", network="flow", config=self._config("flow"), training=training, noisy=noisy)
+        settings = dict(
+            kind="flow", network="flow", config=self._config("flow"), training=training, noisy=noisy
+        )
         start, name = (self.flow(), "flow-noisy") if noisy else (None, "flow")
         images = {"held_out": self.split_sizes["held_out"]}
         return replace(self._run(name=name, start=start, **settings), images=images)
@@ -106,7 +111,8 @@ class Experiment:
     # Files
 
     def place(self, run: Run) -> str:
-        """Where this run lies among others: "cpu-celeba-s0/v2/inpainting-glow", the flows above the editions."""
+        """Where this run lies among others: "cpu-celeba-s0/v2/inpainting-glow", the flows above the
+        editions."""
         return "/".join([self.key, *([run.edition] if run.edition else []), run.name])
 
     def directory(self, run: Run) -> Path:

@@ -12,7 +12,7 @@ import torch
 from matplotlib.ticker import MaxNLocator
 
 from companion.settings import METHODS, TASKS
-from companion.tables import minutes
+from companion.tables import PAPER_TABLES, compare, minutes, outcomes, part, plus_minus, signed, verdict
 from flowlib.images import to_uint8
 from flowlib.metrics import psnr
 
@@ -39,7 +39,8 @@ STYLE = {
 
 
 def styled(plot):
-    """Draws with STYLE, and takes the figure from pyplot, so that a notebook shows it once: as the cell's value."""
+    """Draws with STYLE, and takes the figure from pyplot, so that a notebook shows it once: as the cell's
+    value."""
 
     @functools.wraps(plot)
     def wrapper(*args, **kwargs):
@@ -59,7 +60,8 @@ def pixels(image):
 
 @styled
 def image_grid(columns, below=None, row_labels=None):
-    """Images side by side: {title: images of one column}. below: {title: one text an image}, row_labels: one a row."""
+    """Images side by side: {title: images of one column}. below: {title: one text an image}, row_labels: one
+    a row."""
     num_rows, num_columns = max(map(len, columns.values())), len(columns)
     texts = below is not None
     height = num_rows * (0.97 * WIDTH / num_columns + 0.2 * texts) + 0.3
@@ -92,7 +94,9 @@ def mosaic(images, num_columns, gap=2):
     """Images of one size as one image, num_columns a row, uint8 (H, W, 3)."""
     tiles = [np.pad(pixels(i), ((gap, gap), (gap, gap), (0, 0)), constant_values=255) for i in images]
     rows = [np.concatenate(tiles[i : i + num_columns], axis=1) for i in range(0, len(tiles), num_columns)]
-    rows[-1] = np.pad(rows[-1], ((0, 0), (0, rows[0].shape[1] - rows[-1].shape[1]), (0, 0)), constant_values=255)
+    rows[-1] = np.pad(
+        rows[-1], ((0, 0), (0, rows[0].shape[1] - rows[-1].shape[1]), (0, 0)), constant_values=255
+    )
     return np.concatenate(rows)
 
 
@@ -112,7 +116,9 @@ def training_curve(history, ylabel):
     seen = [row["images_seen"] for row in history]
     figure, axis = plt.subplots(figsize=(WIDTH, 3.2))
     axis.plot(seen, [row["loss"] for row in history], color=GREY, label="one training batch")
-    axis.plot(seen, [row["val_loss"] for row in history], color=COLOURS["glow"], marker="o", label="validation")
+    axis.plot(
+        seen, [row["val_loss"] for row in history], color=COLOURS["glow"], marker="o", label="validation"
+    )
     axis.set(xlabel="images seen", ylabel=ylabel)
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.xaxis.set_major_locator(MaxNLocator(5))
@@ -145,7 +151,14 @@ def fold_curves(records):
             before, after = ([fold[k] for fold in folds] for k in (f"{key}_tilde", key))
             path = np.stack([before, after], axis=1).ravel()
             axis.plot(np.stack([positions - 0.2, positions + 0.2], axis=1).ravel(), path, color=colour, lw=1)
-            axis.plot(positions - 0.2, before, "o", color=colour, mfc="white", label=r"before the prox, $\tilde{x}_k$")
+            axis.plot(
+                positions - 0.2,
+                before,
+                "o",
+                color=colour,
+                mfc="white",
+                label=r"before the prox, $\tilde{x}_k$",
+            )
             axis.plot(positions + 0.2, after, "o", color=colour, label="after the prox, $x_k$")
             if axis in axes[:, 0]:
                 axis.set_ylabel(label)
@@ -155,12 +168,15 @@ def fold_curves(records):
 
 @styled
 def learning_curves(records, paper=None):
-    """Validation quality, −10 log10 of the mean squared error, over images seen and over minutes of training; one row a task,
+    """Validation quality, −10 log10 of the mean squared error, over images seen and over minutes of
+    training; one row a task,
     one line a method. paper: {(task, method): PSNR}, drawn as dotted lines in the methods' colours."""
     records = [r for r in records if r["kind"] == "solver" and len(r["training"]["history"]) > 1]
     records = [r for r in records if r["method"] in COLOURS]
     tasks = list(dict.fromkeys(r["task"] for r in records))
-    figure, axes = plt.subplots(len(tasks), 2, figsize=(WIDTH, 0.6 + 2.6 * len(tasks)), squeeze=False, sharey="row")
+    figure, axes = plt.subplots(
+        len(tasks), 2, figsize=(WIDTH, 0.6 + 2.6 * len(tasks)), squeeze=False, sharey="row"
+    )
     for row, task in zip(axes, tasks):
         for r in (r for r in records if r["task"] == task):
             history = [h for h in r["training"]["history"] if h["val_loss"]]
@@ -183,7 +199,9 @@ def learning_curves(records, paper=None):
 
 def paper_and_ours():
     marks = (("D", "white", "paper"), ("o", INK, "ours, 95 % interval"))
-    return [plt.Line2D([], [], color=INK, marker=m, mfc=fill, ls="none", label=text) for m, fill, text in marks]
+    return [
+        plt.Line2D([], [], color=INK, marker=m, mfc=fill, ls="none", label=text) for m, fill, text in marks
+    ]
 
 
 @styled
@@ -217,7 +235,8 @@ def psnr_dots(records, paper):
 
 @styled
 def response_dots(rows):
-    """How strongly each kind of input answers to shrinkage, one marker a scale rule: rows of benchmarks/stability.json."""
+    """How strongly each kind of input answers to shrinkage, one marker a scale rule: rows of
+    benchmarks/stability.json."""
     rows = [row for row in rows if "inputs" in row]  # not those that diverged
     names = list(rows[0]["inputs"])
     figure, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.42 * len(names)))
@@ -232,8 +251,8 @@ def response_dots(rows):
 
 @styled
 def roofline(rows, machine):
-    """GFLOP/s of each convolution over its arithmetic intensity, under the limits measured on the same machine: rows and
-    machine as in benchmarks/speed.json."""
+    """GFLOP/s of each convolution over its arithmetic intensity, under the limits measured on the same
+    machine: rows and machine as in benchmarks/speed.json."""
     figure, axis = plt.subplots(figsize=(WIDTH, 3.8))
     intensity = np.geomspace(2, 2000, 100)
     for dtype, colour in (("float32", COLOURS["unet"]), ("bfloat16", COLOURS["resnet"])):
@@ -250,8 +269,8 @@ def roofline(rows, machine):
 
 @styled
 def blur_evidence(rows):
-    """PSNR over kernel size, circular border, rows of benchmarks/blur.json: above, what an inverse that is as good as the
-    paper's solvers at σ_b 5 loses at 8; below, what short trainings reach."""
+    """PSNR over kernel size, circular border, rows of benchmarks/blur.json: above, what an inverse that is
+    as good as the paper's solvers at σ_b 5 loses at 8; below, what short trainings reach."""
     rows = [row for row in rows if row["boundary"] == "circular" and row["kernel_size"] <= 9]
     trained = [row for row in rows if "trained" in row]
     figure, axes = plt.subplots(2, figsize=(WIDTH, 6.2), sharex=True)
@@ -268,7 +287,9 @@ def blur_evidence(rows):
     axes[1].plot([row["kernel_size"] for row in rows], cg, color=GREY, marker="s", label="20 CG steps")
     axes[0].set(ylabel="change from σ_b 5 to 8, dB", title="a fixed inverse (dotted: the paper's solvers)")
     axes[1].set(
-        ylabel="PSNR at σ_b 5, dB", title="short trainings (dotted: the paper's solvers)", xlabel="kernel size, pixels"
+        ylabel="PSNR at σ_b 5, dB",
+        title="short trainings (dotted: the paper's solvers)",
+        xlabel="kernel size, pixels",
     )
     axes[1].set_xticks([row["kernel_size"] for row in rows])
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9.5)
@@ -276,7 +297,8 @@ def blur_evidence(rows):
 
 
 def html_table(rows, caption):
-    """A list of dicts with the same keys as a table for IPython.display.HTML; alike in Lab and in the book."""
+    """A list of dicts with the same keys as a table for IPython.display.HTML; alike in Lab and in the
+    book."""
     if not rows:
         return f"<p>{html.escape(caption)} No run is recorded yet.</p>"
 
@@ -289,6 +311,125 @@ def html_table(rows, caption):
 
     body = "".join(line("td", row.values()) for row in rows)
     return (
-        f'<table class="table dataframe"><caption><span class="caption-text">{html.escape(caption)}</span></caption>'
+        '<table class="table dataframe"><caption><span class="caption-text">'
+        f"{html.escape(caption)}</span></caption>"
         f"<thead>{line('th', rows[0])}</thead><tbody>{body}</tbody></table>"
     )
+
+
+# What the pages of the experiments share.
+
+
+def with_curves(records, task):
+    """The records of one task whose training left a curve."""
+    of_task = [r for r in records if r["kind"] == "solver" and r["task"] == task]
+    return [r for r in of_task if len(r["training"]["history"]) > 1]
+
+
+@styled
+def validation_curves(records, paper=None):
+    """Validation quality over images seen, one line a record, of one task. paper: {(task, method): PSNR}."""
+    colours = COLOURS | {"glow-frozen": "#D55E00", "glow-scratch": "#56B4E9"}
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2))
+    for r in records:
+        history = [h for h in r["training"]["history"] if h["val_loss"]]
+        seen, quality = [h["images_seen"] for h in history], [-10 * np.log10(h["val_loss"]) for h in history]
+        axis.plot(seen, quality, "o-", color=colours[r["method"]], ms=4, label=METHODS[r["method"]].short)
+        if (r["task"], r["method"]) in (paper or {}):
+            axis.axhline(paper[r["task"], r["method"]], color=colours[r["method"]], ls=":", lw=1.2)
+    axis.set(xlabel="images seen", ylabel="validation, dB")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.legend()
+    return figure
+
+
+def beside_paper(task, methods, paper, kept, here, evaluation=None):
+    """Rows, one a method: the paper's number, that of the recorded run (kept) and of the one just made."""
+
+    def ours(records, method):
+        record = outcomes(records, evaluation).get((task, method))
+        if record is None or record["kind"] == "failed":
+            return "diverged" if record else "not run"
+        return plus_minus(part(record, evaluation)["psnr"])
+
+    def training(method):
+        record = next((r for r in here if (r["task"], r["method"]) == (task, method)), None)
+        return (
+            f"{record['training']['images_seen']:,}, {minutes(record['training']):.1f} min" if record else "–"
+        )
+
+    return [
+        {
+            "Method": METHODS[method].label,
+            "Paper, dB": f"{paper[task, method]:.2f}" if (task, method) in paper else "–",
+            "Recorded, dB": ours(kept, method),
+            "Here, dB": ours(here, method),
+            "Images seen here": training(method),
+        }
+        for method in methods
+    ]
+
+
+def fold_rows(records):
+    """Rows, one a fold of each flow solver: what it learnt and did, means over the test images."""
+
+    def shown(value, form):
+        return "not finite" if value is None else format(value, form)
+
+    return [
+        {
+            "Task": TASKS[r["task"]].label,
+            "Prox": METHODS[r["method"]].short,
+            "Fold": k,
+            "μ": f"{fold['step_size']:.3f}",
+            "λ": f"{fold['shrinkage']:+.3f}",
+            "PSNR x̃, dB": shown(fold["psnr_tilde"], ".2f"),
+            "PSNR x, dB": shown(fold["psnr"], ".2f"),
+            "‖z̃‖": shown(fold["latent_norm_tilde"], ".1f"),
+            "‖z‖": shown(fold["latent_norm"], ".1f"),
+            "bits/dim x̃": shown(fold["bits_per_dim_tilde"], ".2f"),
+            "bits/dim x": shown(fold["bits_per_dim"], ".2f"),
+        }
+        for r in records
+        for k, fold in enumerate(r["folds"], start=1)
+    ]
+
+
+def answer(name, edition, task, kept, here):
+    """One sentence, from the records alone: how the methods that one of the paper's tables compares stand to
+    one another for a task, in the recorded runs with a verdict (on photographs), in those just made
+    without."""
+    clauses = []
+    known = {(r["settings_hash"], r["data"]["pixels_sha256"]) for r in kept if r["kind"] == "solver"}
+    solved = [r for r in here if r["kind"] == "solver"]
+    same = solved and all((r["settings_hash"], r["data"]["pixels_sha256"]) in known for r in solved)
+    for records, is_kept in ((kept, True), ([] if same else here, False)):
+        records = [r for r in records if r["task"] == task and r["kind"] in ("solver", "failed", "classical")]
+        drawn = any(r["experiment"]["dataset"].startswith("synthetic") for r in records)
+        found = []
+        for first, second in PAPER_TABLES[name, edition].pairs:
+            pair = compare(records, name, edition, task, first, second)
+            if pair:
+                side = "above" if pair.difference > 0 else "below"
+                text = (
+                    f"{METHODS[first].short} is {abs(pair.difference):.2f} ± {pair.half_width:.2f} dB {side} "
+                )
+                text += METHODS[second].short
+                if is_kept and pair.paper is not None:
+                    decided = "" if drawn else f"; **{verdict(pair)}**"
+                    text += f" ({signed(pair.paper)} dB in the paper{decided})"
+                found.append(text)
+        found += [f"{METHODS[r['method']].short} diverged" for r in records if r["kind"] == "failed"]
+        if found:
+            names = next(r["experiment"] for r in records if r["kind"] in ("solver", "failed"))
+            where = "drawn faces" if drawn else f"photographs (data set {names['dataset']})"
+            which = "recorded runs" if is_kept else "runs of this page"
+            text = f"in the {which}, of profile {names['profile']} on {where}, "
+            text += "which test the code and decide nothing about the paper, " if drawn else ""
+            text += "which are also those of this page, " if is_kept and same else ""
+            clauses.append(text + ", ".join(found[:-1]) + " and " * (len(found) > 1) + found[-1])
+    if not clauses:
+        return "No two of these methods were run on this task, so there is no answer yet."
+    text = "; ".join(clauses)
+    return text[0].upper() + text[1:] + "."

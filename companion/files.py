@@ -19,7 +19,9 @@ def write_csv(path, rows):
 
 
 def write_json(path, content):
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"))
+    write_atomically(
+        path, lambda p: p.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    )
 
 
 def write_text(path, text):

@@ -5,8 +5,24 @@ from dataclasses import dataclass, field
 from companion.experiment import Experiment
 from companion.settings import METHODS, Run
 
-PLAIN = ("data", "flow", "solver", "figures", "engine", "stability", "speed", "classical", "blur", "explorer", "tables")
-SHOWN_TASKS = ("denoising", "inpainting", "deblurring")  # the contents, _toc.yml, are the same for both editions
+PLAIN = (
+    "data",
+    "flow",
+    "solver",
+    "figures",
+    "engine",
+    "stability",
+    "speed",
+    "classical",
+    "blur",
+    "explorer",
+    "tables",
+)
+SHOWN_TASKS = (
+    "denoising",
+    "inpainting",
+    "deblurring",
+)  # the contents, _toc.yml, are the same for both editions
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The trainings that the book's recorded numbers come from, in the order in which they are worth most.
 
-One command, which goes on where it stopped; several may work side by side, for a lock that the kernel frees tells them what
-is being trained. On a small machine, one thread and one core each:
+One command, which goes on where it stopped; several may work side by side, for a lock that the kernel frees
+tells them what is being trained. On a small machine, one thread and one core each:
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m companion.queue --dataset celeba
 
@@ -23,18 +23,24 @@ TASK_ORDER = ("inpainting", "denoising", "deblurring")
 
 
 def queue(**choice) -> Iterator[tuple[Experiment, Run]]:
-    """Both flows; v2's main rows, each task's likelier start of the flow first; v2's plug-and-play; v1's rows; v2's denoiser
-    starts; more seeds."""
+    """Both flows; v2's main rows, each task's likelier start of the flow first; v2's plug-and-play; v1's
+    rows; v2's denoiser starts; more seeds."""
     v2 = Experiment(edition="v2", **choice)
     v1 = Experiment(edition="v1", **choice)
     yield from ((v2, v2.flow(noisy)) for noisy in (False, True))
-    starts = {"inpainting": ("glow", "glow-noisy"), "denoising": ("glow-noisy", "glow"), "deblurring": ("glow", "glow-noisy")}
+    starts = {
+        "inpainting": ("glow", "glow-noisy"),
+        "denoising": ("glow-noisy", "glow"),
+        "deblurring": ("glow", "glow-noisy"),
+    }
     for task in TASK_ORDER:
         yield from ((v2, v2.solver(task, method)) for method in (starts[task][0], "unet", "resnet"))
     yield from ((v2, v2.solver(task, "glow-frozen")) for task in TASK_ORDER)
     yield from ((v2, v2.solver(task, starts[task][1])) for task in TASK_ORDER)
     for task in (*TASK_ORDER, "denoising-0.1"):
-        yield from ((v1, v1.solver(task, m)) for m in ("glow", "glow-scratch", "unet", "resnet", "glow-noisy"))
+        yield from (
+            (v1, v1.solver(task, m)) for m in ("glow", "glow-scratch", "unet", "resnet", "glow-noisy")
+        )
     for network in ("unet", "resnet"):
         yield from ((v2, v2.solver(task, f"{network}-denoiser")) for task in ("inpainting", "deblurring"))
     for seed in (1, 2):
@@ -67,11 +73,15 @@ def work(experiment: Experiment, run: Run):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--profile", default="cpu")
     parser.add_argument("--dataset", default="celeba")
     parser.add_argument("--build", default="build")
-    parser.add_argument("--only", nargs="*", help="runs whose names end so, such as unet resnet (default: all)")
+    parser.add_argument(
+        "--only", nargs="*", help="runs whose names end so, such as unet resnet (default: all)"
+    )
     parser.add_argument("--list", action="store_true", help="say what is recorded, and train nothing")
     args = parser.parse_args()
     for experiment, run in queue(profile=args.profile, dataset=args.dataset, build=args.build):

@@ -31,7 +31,9 @@ def read(paths) -> list[dict]:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             record["kind"], record["experiment"]["edition"]  # KeyError where it is something else
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no result record ({error!r}): delete it and evaluate that run again") from error
+            raise ValueError(
+                f"{path} is no result record ({error!r}): delete it and evaluate that run again"
+            ) from error
         found.append(record)
     return found
 
@@ -42,9 +44,10 @@ def recorded() -> list[dict]:
 
 
 def comparison(records: list[dict], edition: str) -> list[dict]:
-    """The records of one edition to compare: profiles must not be mixed within a task, so for each task those of one profile,
-    data set and seed are taken, of the one whose main methods are all there and were trained for longest. Classical methods
-    need no training: they come from any profile on the same images."""
+    """The records of one edition to compare: profiles must not be mixed within a task, so for each task
+    those of one profile,
+    data set and seed are taken, of the one whose main methods are all there and were trained for longest.
+    Classical methods need no training: they come from any profile on the same images."""
 
     def key(record):
         return tuple(record["experiment"][name] for name in ("profile", "dataset", "seed"))
@@ -62,18 +65,23 @@ def comparison(records: list[dict], edition: str) -> list[dict]:
 
     chosen = [record for of_task in groups.values() for record in max(of_task.values(), key=rank)]
     pixels = {r["data"]["pixels_sha256"] for r in chosen if "data" in r}
-    return chosen + [r for r in of_edition if r["kind"] == "classical" and r["data"]["pixels_sha256"] in pixels]
+    return chosen + [
+        r for r in of_edition if r["kind"] == "classical" and r["data"]["pixels_sha256"] in pixels
+    ]
 
 
 def mean_and_interval(values, level: float = 0.95) -> tuple[float, float]:
     """Mean over images and half the width of its confidence interval (Student's t)."""
     values = np.asarray(values, dtype=float)
-    half_width = scipy.stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    half_width = (
+        scipy.stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    )
     return float(values.mean()), float(half_width)
 
 
 def statistics(values, digits: int = 4) -> dict:
-    """JSON-able mean, half width of its 95 % interval, and the values of all images; what is not finite is None, and counted."""
+    """JSON-able mean, half width of its 95 % interval, and the values of all images; what is not finite is
+    None, and counted."""
     finite = [v for v in values if math.isfinite(v)]
     mean, half_width = mean_and_interval(finite) if len(finite) > 1 else (finite[0] if finite else None, None)
     result = dict(mean=mean, half_width=half_width)
@@ -84,13 +92,19 @@ def statistics(values, digits: int = 4) -> dict:
 def data_of(experiment) -> dict:
     """What a record says of the images that it is about."""
     manifest = experiment.images().manifest
-    return {k: manifest[k] for k in ("name", "source", "crop", "pixels_sha256")} | {"split": experiment.split_sizes}
+    return {k: manifest[k] for k in ("name", "source", "crop", "pixels_sha256")} | {
+        "split": experiment.split_sizes
+    }
 
 
 def evaluate(experiment, run, model, summary, trained) -> dict:
     """The record of a trained model, evaluated on the test images."""
     model = model.to(device())
-    found = _evaluate_flow(experiment, run, model) if run.kind == "flow" else _evaluate_solver(experiment, run, model)
+    found = (
+        _evaluate_flow(experiment, run, model)
+        if run.kind == "flow"
+        else _evaluate_solver(experiment, run, model)
+    )
     return _about(experiment, run, trained) | found | dict(training=summary, evaluated=provenance())
 
 
@@ -126,8 +140,8 @@ def bits_per_dim(glow, images, seed):
 
 @torch.no_grad()
 def _evaluate_flow(experiment, run, glow):
-    """Bits per dimension of the test images, the flow's round trip, and what shrinking the latents by 1 + λ does to images,
-    clean and not: their root-mean-square change."""
+    """Bits per dimension of the test images, the flow's round trip, and what shrinking the latents by 1 + λ
+    does to images, clean and not: their root-mean-square change."""
     images = experiment.split("test")
     some = dequantize(images[:50], generator_for(run.seed, "test")).to(device())
     noise = torch.randn(some.shape, generator=generator_for(run.seed, "round trip")).to(some)
@@ -137,7 +151,11 @@ def _evaluate_flow(experiment, run, glow):
         latents, _ = glow(image)
         round_trip[name] = (glow.inverse(latents)[0] - image).abs().max().item()
         response[name] = {
-            str(lam): (glow.inverse([z / (1 + lam) for z in latents])[0] - image).square().mean().sqrt().item()
+            str(lam): (glow.inverse([z / (1 + lam) for z in latents])[0] - image)
+            .square()
+            .mean()
+            .sqrt()
+            .item()
             for lam in (0.001, 0.01, 0.1)
         }
     return dict(
@@ -149,14 +167,15 @@ def _evaluate_flow(experiment, run, glow):
 
 
 def measured(task: str, x, seed: int, **changes):
-    """(y, operator) of images x (N, C, H, W), measured as all evaluations measure them; changes: other parameters of the
-    operator, such as a task's ood_parameters."""
+    """(y, operator) of images x (N, C, H, W), measured as all evaluations measure them; changes: other
+    parameters of the operator, such as a task's ood_parameters."""
     operator = TASKS[task].make_operator(x.shape[-1], **changes).to(device())
     return operator.measure(x.to(device()), generator_for(seed, "test")), operator
 
 
 def last_fold_only(operator, other, num_folds: int) -> list:
-    """Operators of the folds such that only the last one knows of the other setting, as the paper words it for inpainting."""
+    """Operators of the folds such that only the last one knows of the other setting, as the paper words it
+    for inpainting."""
     return [operator] * (num_folds - 1) + [other]
 
 
@@ -173,7 +192,8 @@ def reconstruct(solver, operator, y):
 
 @torch.enable_grad()  # without it the CPU's convolutions are fused ones, which PyTorch does not count
 def _gflop(solver, operator, y):
-    """Floating-point operations of one reconstruction, in units of 10^9; a multiplication and an addition are two."""
+    """Floating-point operations of one reconstruction, in units of 10^9; a multiplication and an addition
+    are two."""
     with FlopCounterMode(display=False) as counter:
         solver(y[:1].to(device()), operator)
     return counter.get_total_flops() / 1e9
@@ -207,8 +227,8 @@ def describe_folds(solver, operator, y, x) -> list[dict]:
 
 
 def _evaluate_solver(experiment, run, solver):
-    """PSNR and SSIM of each test image, what the folds did, and, without training again, the same for measurements and, where
-    they are prepared, for images out of distribution."""
+    """PSNR and SSIM of each test image, what the folds did, and, without training again, the same for
+    measurements and, where they are prepared, for images out of distribution."""
     x, task = to_tensor(experiment.split("test")), TASKS[run.task]
     y, operator = measured(run.task, x, run.seed)
     x_hat, seconds = reconstruct(solver, operator, y)
@@ -233,7 +253,8 @@ def _evaluate_solver(experiment, run, solver):
 
 
 def verify(build="build"):
-    """Evaluates every model that is kept with the code and whose images are there again, and compares with its record. Rows:
+    """Evaluates every model that is kept with the code and whose images are there again, and compares with
+    its record. Rows:
     name, what was recorded, what is found, and whether they agree to 0.02 dB (0.002 bits/dim for a flow)."""
     from companion.experiment import Experiment
     from companion.runs import kept_experiments
@@ -252,7 +273,8 @@ def verify(build="build"):
             yield row | {"found": f"not evaluated: {error}"}
             continue
         if images.manifest["pixels_sha256"] != record["data"]["pixels_sha256"]:
-            yield row | {"found": f"not evaluated: these are other images of {experiment.dataset} than the recorded ones"}
+            other = f"not evaluated: these are other images of {experiment.dataset} than the recorded ones"
+            yield row | {"found": other}
             continue
         model = load_checkpoint(path).to(device())
         if record["kind"] == "flow":

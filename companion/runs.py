@@ -1,5 +1,5 @@
-"""The runs of an experiment, as notebooks and commands ask for them: what is made already is loaded, what is kept with the code
-and fits is restored, and what is missing is trained."""
+"""The runs of an experiment, as notebooks and commands ask for them: what is made already is loaded, what is
+kept with the code and fits is restored, and what is missing is trained."""
 
 import fcntl
 import json
@@ -23,10 +23,11 @@ from flowlib.training import Diverged
 
 
 def ensure(experiment: Experiment, run: Run) -> dict:
-    """The record of a run: what is missing of it, and of the run that it starts from, is made first, with a progress bar.
+    """The record of a run: what is missing of it, and of the run that it starts from, is made first, with a
+    progress bar.
 
-    With RETRAIN=1 in the environment, models that are kept with the code are not used. Several processes may ask for the same
-    run: one makes it. A run that diverged has a record too, of kind "failed"."""
+    With RETRAIN=1 in the environment, models that are kept with the code are not used. Several processes may
+    ask for the same run: one makes it. A run that diverged has a record too, of kind "failed"."""
     if run.start:
         ensure(experiment, run.start)
     with _locked(experiment.directory(run) / "lock"):
@@ -41,15 +42,22 @@ def ensure(experiment: Experiment, run: Run) -> dict:
 
 
 def load(experiment: Experiment, run: Run):
-    """The trained model of a run that ensure() has made: a Glow, or an UnfoldedPGD. FileNotFoundError where it diverged."""
+    """The trained model of a run that ensure() has made: a Glow, or an UnfoldedPGD. FileNotFoundError where
+    it diverged."""
     return load_checkpoint(model_path(experiment, run)).requires_grad_(False)
 
 
 def records_of_build(experiment: Experiment) -> list[dict]:
-    """The records of the runs of this experiment that this build has, those of its settings and of today's code alone."""
+    """The records of the runs of this experiment that this build has, those of its settings and of today's
+    code alone."""
     found = [_finished(experiment, run) for run in experiment.runs().values()]
-    folder = experiment.build / "runs" / experiment.key / experiment.names["edition"]
-    return [record for record in [*found, *map(_read, sorted(folder.glob("classical-*.json")))] if record]
+    return [record for record in found if record] + records.read(_classical(experiment))
+
+
+def _classical(experiment):
+    return sorted(
+        (experiment.build / "runs" / experiment.key / experiment.names["edition"]).glob("classical-*.json")
+    )
 
 
 def is_finished(experiment: Experiment, run: Run) -> bool:
@@ -123,21 +131,34 @@ def _evaluate(experiment, run):
     info = load_tensors(model_path(experiment, run))[1]["info"]
     record = records.evaluate(experiment, run, load(experiment, run), info["summary"], info["provenance"])
     records.write(directory / "record.json", record)
-    (directory / "resume.safetensors").unlink(missing_ok=True)  # not before: whoever is killed need not train again
+    (directory / "resume.safetensors").unlink(
+        missing_ok=True
+    )  # not before: whoever is killed need not train again
     return record
 
 
 def publish(experiment: Experiment, run: Run, ship: bool = False) -> Path:
-    """Copies the record of a finished run to results/, to be kept with the code; with ship, its model too, small."""
+    """Copies the record of a finished run to results/, to be kept with the code; with ship, its model too,
+    small."""
     record = _read(experiment.directory(run) / "record.json")
     if not record:
-        raise FileNotFoundError(f"{run.name} is not finished in {experiment.build}: make it first (python -m companion run)")
+        raise FileNotFoundError(
+            f"{run.name} is not finished in {experiment.build}: make it first (python -m companion run)"
+        )
     record_path, kept_model = kept_place(experiment, run)
     record.pop("kept", None)
     records.write(record_path, record)
     if ship:
         save_checkpoint(kept_model, load(experiment, run), torch.float16, settings=run.as_dict())
     return record_path
+
+
+def publish_classical(experiment: Experiment):
+    """Copies the records of the classical methods to results/."""
+    for path in _classical(experiment):
+        records.write(
+            RESULTS / "runs" / experiment.key / experiment.names["edition"] / path.name, _read(path)
+        )
 
 
 def kept_experiments() -> Iterator[tuple[dict, Path]]:

@@ -1,5 +1,5 @@
-"""What is run: the editions of the paper, their tasks and methods, and profiles, which say how much of it. All settings that a
-run's numbers depend on come together in a `Run`, whose hash names its folder."""
+"""What is run: the editions of the paper, their tasks and methods, and profiles, which say how much of it.
+All settings that a run's numbers depend on come together in a `Run`, whose hash names its folder."""
 
 import ast
 import functools
@@ -14,8 +14,8 @@ from flowlib.training import Training
 
 @dataclass(frozen=True)
 class Edition:
-    """A protocol: number of folds K and numbers of images. held_out: size of each of the validation and test pools that
-    no training ever sees; larger than v1 needs, so that v1's test images are among v2's."""
+    """A protocol: number of folds K and numbers of images. held_out: size of each of the validation and test
+    pools that no training ever sees; larger than v1 needs, so that v1's test images are among v2's."""
 
     num_folds: int
     train: int
@@ -33,8 +33,10 @@ EDITIONS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A column of Table I. parameters: of its operator; ood_parameters: those that differ where Table III of v2 tests with
-    measurements out of distribution; setting, ood_setting: what the paper calls them; editions: those that have it."""
+    """A column of Table I. parameters: of its operator; ood_parameters: those that differ where Table III of
+    v2 tests with
+    measurements out of distribution; setting, ood_setting: what the paper calls them; editions: those that
+    have it."""
 
     kind: str
     operator: type[LinearOperator]
@@ -56,23 +58,39 @@ class Task:
 
 TASKS = {
     "denoising": Task(
-        "denoising", Denoising, {"sigma": 0.2}, "σₙ = 0.2", ood_parameters={"sigma": 0.25}, ood_setting="σₙ = 0.25"
+        "denoising",
+        Denoising,
+        {"sigma": 0.2},
+        "σₙ = 0.2",
+        ood_parameters={"sigma": 0.25},
+        ood_setting="σₙ = 0.25",
     ),
     "denoising-0.1": Task("denoising", Denoising, {"sigma": 0.1}, "σₙ = 0.1", editions=("v1",)),
     "inpainting": Task(
-        "inpainting", Inpainting, {"mask_size": 19}, "W = 19", ood_parameters={"mask_size": 16}, ood_setting="W = 16"
+        "inpainting",
+        Inpainting,
+        {"mask_size": 19},
+        "W = 19",
+        ood_parameters={"mask_size": 16},
+        ood_setting="W = 16",
     ),
     "deblurring": Task(
-        "deblurring", Blur, {"sigma_b": 5.0}, "σ_b = 5", ood_parameters={"sigma_b": 8.0}, ood_setting="σ_b = 8"
+        "deblurring",
+        Blur,
+        {"sigma_b": 5.0},
+        "σ_b = 5",
+        ood_parameters={"sigma_b": 8.0},
+        ood_setting="σ_b = 8",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the paper's tables. network: of the prox; start: what every fold starts from, a pre-trained "flow",
-    "flow-noisy" or "denoiser", or None, fresh weights; frozen: only the step sizes are trained; editions and tasks: where the
-    paper (or, for glow-noisy, we) have it; short: the label where there is little room."""
+    """A row of the paper's tables. network: of the prox; start: what every fold starts from, a pre-trained
+    "flow",
+    "flow-noisy" or "denoiser", or None, fresh weights; frozen: only the step sizes are trained; editions and
+    tasks: where the paper (or, for glow-noisy, we) have it; short: the label where there is little room."""
 
     label: str
     short: str
@@ -87,11 +105,23 @@ _NOT_DENOISING = ("inpainting", "deblurring")
 METHODS = {
     "resnet": Method("ResNet prox", "ResNet", "resnet"),
     "resnet-denoiser": Method(
-        "ResNet prox (pre-trained denoiser)", "ResNet, denoiser", "resnet", "denoiser", False, ("v2",), _NOT_DENOISING
+        "ResNet prox (pre-trained denoiser)",
+        "ResNet, denoiser",
+        "resnet",
+        "denoiser",
+        False,
+        ("v2",),
+        _NOT_DENOISING,
     ),
     "unet": Method("U-Net prox", "U-Net", "unet"),
     "unet-denoiser": Method(
-        "U-Net prox (pre-trained denoiser)", "U-Net, denoiser", "unet", "denoiser", False, ("v2",), _NOT_DENOISING
+        "U-Net prox (pre-trained denoiser)",
+        "U-Net, denoiser",
+        "unet",
+        "denoiser",
+        False,
+        ("v2",),
+        _NOT_DENOISING,
     ),
     "glow": Method("GLOW prox", "GLOW", "glow", "flow"),
     # Our extension: the flow pre-trained on images with added noise (book/choices.md).
@@ -105,7 +135,8 @@ OOD_IMAGES = {"celeba": "anime", "synthetic": "synthetic-ood"}
 
 @dataclass(frozen=True)
 class Profile:
-    """How much is done: sizes of the networks and of the trainings. unfolding is keyed by method or, for all methods that have
+    """How much is done: sizes of the networks and of the trainings. unfolding is keyed by method or, for all
+    methods that have
     it, network; methods: by task, those that `make book` trains; images: overrides of the edition's."""
 
     flow: dict
@@ -141,7 +172,9 @@ PROFILES = {
         pretraining=Training(num_steps=500, batch_size=16, lr=1e-3),
         noisy_pretraining=Training(num_steps=150, batch_size=16, lr=1e-3),
         unfolding={
-            "glow": Training(num_steps=80, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=40, warmup_steps=20),
+            "glow": Training(
+                num_steps=80, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=40, warmup_steps=20
+            ),
             "glow-frozen": Training(num_steps=20, batch_size=8, lr=0.0, warmup_steps=5, validate_every=10),
             "unet": Training(num_steps=120, batch_size=8, lr=2e-3, validate_every=40, warmup_steps=20),
             "resnet": Training(num_steps=100, batch_size=8, lr=2e-3, validate_every=50, warmup_steps=20),
@@ -158,7 +191,13 @@ PROFILES = {
         noisy_pretraining=Training(num_steps=1200, batch_size=32, lr=5e-4, validate_every=200),
         unfolding={
             "glow": Training(
-                num_steps=250, batch_size=8, lr=2e-4, clip_norm=0.1, warmup_steps=20, validate_every=50, val_images=100
+                num_steps=250,
+                batch_size=8,
+                lr=2e-4,
+                clip_norm=0.1,
+                warmup_steps=20,
+                validate_every=50,
+                val_images=100,
             ),
             "glow-frozen": Training(
                 num_steps=60, batch_size=8, lr=0.0, warmup_steps=10, validate_every=20, val_images=100
@@ -175,7 +214,9 @@ PROFILES = {
         pretraining=Training(num_steps=8000, batch_size=32, lr=1e-3, validate_every=400, mirror=True),
         noisy_pretraining=Training(num_steps=2500, batch_size=32, lr=5e-4, validate_every=250, mirror=True),
         unfolding={
-            "glow": Training(num_steps=2500, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=125, mirror=True),
+            "glow": Training(
+                num_steps=2500, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=125, mirror=True
+            ),
             "glow-frozen": Training(
                 num_steps=100, batch_size=8, lr=0.0, warmup_steps=10, validate_every=20, mirror=True
             ),
@@ -188,10 +229,18 @@ PROFILES = {
         unet=dict(width=64),
         resnet=dict(width=128),
         pretraining=Training(num_steps=200_000, batch_size=32, lr=1e-4, cosine=False, validate_every=1000),
-        noisy_pretraining=Training(num_steps=50_000, batch_size=32, lr=1e-4, cosine=False, validate_every=1000),
+        noisy_pretraining=Training(
+            num_steps=50_000, batch_size=32, lr=1e-4, cosine=False, validate_every=1000
+        ),
         unfolding={
             network: Training(
-                num_steps=100_000, batch_size=8, lr=1e-5, shrinkage=0.01, cosine=False, validate_every=500, bf16=False
+                num_steps=100_000,
+                batch_size=8,
+                lr=1e-5,
+                shrinkage=0.01,
+                cosine=False,
+                validate_every=500,
+                bf16=False,
             )
             for network in ("glow", "unet", "resnet")
         },
@@ -202,8 +251,10 @@ OVERRIDES = ("num_folds", "flow", "unet", "resnet", "num_steps", "lr", "batch_si
 
 @dataclass(frozen=True)
 class Run:
-    """All that the numbers of one training depend on, the images and the code apart. kind: "flow", "denoiser" or "solver";
-    name: of its folder; network: which, and its configuration; start: the Run whose weights it starts from."""
+    """All that the numbers of one training depend on, the images and the code apart. kind: "flow",
+    "denoiser" or "solver";
+    name: of its folder; network: which, and its configuration; start: the Run whose weights it starts
+    from."""
 
     kind: str
     name: str
@@ -236,7 +287,8 @@ class Run:
 
     @property
     def folder_name(self) -> str:
-        """Name and hash of settings and code: after a change of either, the run is another one, in another folder."""
+        """Name and hash of settings and code: after a change of either, the run is another one, in another
+        folder."""
         return f"{self.name}-{_digest([self.settings_hash, training_code()])}"
 
 

@@ -1,4 +1,5 @@
-"""The paper's tables with our numbers beside them, and what follows from both. All numbers come from records."""
+"""The paper's tables with our numbers beside them, and what follows from both. All numbers come from
+records."""
 
 import csv
 from typing import NamedTuple
@@ -13,8 +14,8 @@ from companion.settings import METHODS, TASKS
 
 
 class PaperTable(NamedTuple):
-    """One of the paper's tables: its title; which evaluation of a record holds our numbers (None: that on test images); and
-    the pairs of methods whose order the paper's text draws conclusions from."""
+    """One of the paper's tables: its title; which evaluation of a record holds our numbers (None: that on
+    test images); and the pairs of methods whose order the paper's text draws conclusions from."""
 
     title: str
     evaluation: str | None
@@ -47,8 +48,8 @@ def setting(task: str, evaluation: str | None = None) -> str:
 
 
 def part(record: dict, evaluation: str | None) -> dict | None:
-    """What a record holds of one evaluation: "psnr" and "ssim". Inpainting of measurements out of distribution as the paper
-    words it: only the last fold knows of the other hole (book/choices.md)."""
+    """What a record holds of one evaluation: "psnr" and "ssim". Inpainting of measurements out of
+    distribution as the paper words it: only the last fold knows of the other hole (book/choices.md)."""
     if evaluation == "ood_measurements" and record["task"] == "inpainting":
         evaluation = "ood_measurements_last_fold"
     return record if evaluation is None else record.get(evaluation)
@@ -84,15 +85,20 @@ def below_measurement(record: dict) -> int:
 
 def best_classical(task: str, records: list[dict]) -> dict | None:
     """The record of the best classical method of a task, the measurement itself apart."""
-    found = [r for r in records if r["kind"] == "classical" and r["task"] == task and not r["name"].endswith("-measurement")]
+    found = [
+        r
+        for r in records
+        if r["kind"] == "classical" and r["task"] == task and not r["name"].endswith("-measurement")
+    ]
     return max(found, key=lambda r: r["psnr"]["mean"], default=None)
 
 
 def too_little_training(record: dict, records: list[dict]) -> str:
-    """Why no claim is made against a solver: "below its measurement" or "below a classical method"; "" where neither holds.
+    """Why no claim is made against a solver: "below its measurement" or "below a classical method"; "" where
+    neither holds.
 
-    A flow that is only plugged in is meant to be as bad as it is, and a classical method that is above all of the paper's
-    solvers too (deblurring without noise) says nothing of a training."""
+    A flow that is only plugged in is meant to be as bad as it is, and a classical method that is above all
+    of the paper's solvers too (deblurring without noise) says nothing of a training."""
     if record["kind"] == "failed":
         return "diverged"
     if METHODS[record["method"]].frozen:
@@ -108,7 +114,8 @@ def too_little_training(record: dict, records: list[dict]) -> str:
 
 
 def table(name: str, edition: str, records: list[dict]) -> list[dict]:
-    """Rows of one of the paper's tables: its number beside ours. Table I also has the measurement and the best classical
+    """Rows of one of the paper's tables: its number beside ours. Table I also has the measurement and the
+    best classical
     method; our extension, glow-noisy, gets a row wherever the paper compares proximal mappings."""
     paper, evaluation = paper_table(name, edition), PAPER_TABLES[name, edition].evaluation
     ours, rows = outcomes(records, evaluation), []
@@ -118,7 +125,10 @@ def table(name: str, edition: str, records: list[dict]) -> list[dict]:
         if evaluation is None and name == "I":
             rows += [head | row for row in _without_training(task, records)]
         for method in [*compared, *(["glow-noisy"] if "unet" in compared else [])]:
-            printed = {"Method": METHODS[method].label, "Paper, dB": f"{paper.get((task, method), np.nan):.2f}".replace("nan", "–")}
+            printed = {
+                "Method": METHODS[method].label,
+                "Paper, dB": f"{paper.get((task, method), np.nan):.2f}".replace("nan", "–"),
+            }
             rows.append(head | printed | _ours(ours.get((task, method)), evaluation, records))
     return rows
 
@@ -152,7 +162,9 @@ def _ours(record, evaluation, records):
         | {
             "Ours, dB": plus_minus(found["psnr"]),
             "Worst image": f"{min(finite, default=np.nan):.1f}",
-            "Below measurement": f"{below_measurement(record)} of {len(finite)}" if evaluation is None else "–",
+            "Below measurement": f"{below_measurement(record)} of {len(finite)}"
+            if evaluation is None
+            else "–",
             "SSIM": plus_minus(found["ssim"], 3).split("\u00a0")[0],
             "Remark": too_little_training(record, records) or "–",
         }
@@ -162,7 +174,12 @@ def _ours(record, evaluation, records):
 def _without_training(task, records):
     """The rows of the measurement and of the best classical method."""
     measurement = next(
-        (r for r in records if r["kind"] == "classical" and r["task"] == task and r["name"].endswith("-measurement")), None
+        (
+            r
+            for r in records
+            if r["kind"] == "classical" and r["task"] == task and r["name"].endswith("-measurement")
+        ),
+        None,
     )
     for label, r in (("Measurement", measurement), ("Best classical", best_classical(task, records))):
         if r:
@@ -195,8 +212,10 @@ def provenance_rows(records):
 
 
 class Comparison(NamedTuple):
-    """Two methods of one task: mean of the paired differences in dB over images and seeds, half the width of its 95 %
-    interval, the paper's difference (None where it has none), the number of seeds, and why no claim is made ("" otherwise)."""
+    """Two methods of one task: mean of the paired differences in dB over images and seeds, half the width of
+    its 95 %
+    interval, the paper's difference (None where it has none), the number of seeds, and why no claim is made
+    ("" otherwise)."""
 
     difference: float
     half_width: float
@@ -205,11 +224,14 @@ class Comparison(NamedTuple):
     reason: str
 
 
-def compare(records: list[dict], name: str, edition: str, task: str, first: str = "glow", second: str = "unet"):
-    """How far method `first` is above `second` in one of the paper's tables, or None where one of the runs is missing.
+def compare(
+    records: list[dict], name: str, edition: str, task: str, first: str = "glow", second: str = "unet"
+):
+    """How far method `first` is above `second` in one of the paper's tables, or None where one of the runs
+    is missing.
 
-    records: of one seed, or of several: then an image's difference is its mean over seeds, and the spread of the seeds'
-    means widens the interval."""
+    records: of one seed, or of several: then an image's difference is its mean over seeds, and the spread of
+    the seeds' means widens the interval."""
     paper, evaluation = paper_table(name, edition), PAPER_TABLES[name, edition].evaluation
     by_seed, reasons = [], []
     for seed in sorted({r["experiment"]["seed"] for r in records}):
@@ -225,17 +247,24 @@ def compare(records: list[dict], name: str, edition: str, task: str, first: str 
     difference, half_width = mean_and_interval(np.mean(by_seed, axis=0))
     if len(by_seed) > 1:
         half_width = float(np.hypot(half_width, mean_and_interval([np.mean(d) for d in by_seed])[1]))
-    in_paper = paper[task, first] - paper[task, second] if {(task, first), (task, second)} <= set(paper) else None
-    reason = next((f"{METHODS[m].short} {r}" for r, m in zip(reasons, (first, second) * len(reasons)) if r), "")
+    in_paper = (
+        paper[task, first] - paper[task, second] if {(task, first), (task, second)} <= set(paper) else None
+    )
+    reason = next(
+        (f"{METHODS[m].short} {r}" for r, m in zip(reasons, (first, second) * len(reasons)) if r), ""
+    )
     return Comparison(difference, half_width, in_paper, len(by_seed), reason)
 
 
 def beside_classical(task, edition, records):
-    """Rows of one task: the paper's best, our best learned solver and the classical methods, from one experiment's records."""
+    """Rows of one task: the paper's best, our best learned solver and the classical methods, from one
+    experiment's records."""
     paper = {method: value for (of, method), value in paper_table("I", edition).items() if of == task}
     best = max(paper, key=paper.get)
     empty = {"PSNR, dB": "not run", "SSIM": "–", "ms an image": "–", "Parameter": "–"}
-    rows = [{"Method": f"Best of the paper: {METHODS[best].label}"} | empty | {"PSNR, dB": f"{paper[best]:.2f}"}]
+    rows = [
+        {"Method": f"Best of the paper: {METHODS[best].label}"} | empty | {"PSNR, dB": f"{paper[best]:.2f}"}
+    ]
 
     def row(label, r):
         chosen = r.get("parameter")
@@ -251,7 +280,9 @@ def beside_classical(task, edition, records):
     here = sorted((r for r in here if r["kind"] in ("solver", "classical")), key=lambda r: -r["psnr"]["mean"])
     learned = next((r for r in here if r["kind"] == "solver"), None)
     label = "Our best learned"
-    rows.append(row(f"{label}: {METHODS[learned['method']].label}", learned) if learned else {"Method": label} | empty)
+    rows.append(
+        row(f"{label}: {METHODS[learned['method']].label}", learned) if learned else {"Method": label} | empty
+    )
     return rows + [row(r["method"], r) for r in here if r["kind"] == "classical"]
 
 
@@ -281,13 +312,14 @@ def verdict(pair: Comparison) -> str:
     """In words, whether a paired difference has the sign of the paper's."""
     if pair.reason:
         return f"no claim: {pair.reason}"
-    if abs(pair.difference) < pair.half_width:
+    if abs(pair.difference) <= pair.half_width:
         return "not distinguishable"
     return "replicated" if pair.difference * pair.paper > 0 else "the opposite"
 
 
 def claims(name: str, edition: str, records: list[dict]) -> list[dict]:
-    """Rows: every order of methods that one of the paper's tables holds, the paper's difference, ours, and the verdict."""
+    """Rows: every order of methods that one of the paper's tables holds, the paper's difference, ours, and
+    the verdict."""
     rows = []
     evaluation = PAPER_TABLES[name, edition].evaluation
     for task in dict.fromkeys(key[0] for key in paper_table(name, edition)):
@@ -325,7 +357,9 @@ def every_number(records: list[dict]) -> list[dict]:
                     "Method": METHODS[method].label,
                     "Paper, dB": f"{value:.2f}",
                     "Ours, dB": plus_minus(found) if found else "diverged" if record else "not run",
-                    "Difference, dB": signed(found["mean"] - value) if found and found["mean"] is not None else "–",
+                    "Difference, dB": signed(found["mean"] - value)
+                    if found and found["mean"] is not None
+                    else "–",
                     "Remark": (record and too_little_training(record, records)) or "–",
                     "Settings": record["settings_hash"] if record else "–",
                 }
@@ -341,8 +375,9 @@ def budget(records: list[dict]) -> str:
     times = [minutes(r["training"]) for r in solvers]
     profiles = " and ".join(f"**{p}**" for p in sorted({r["experiment"]["profile"] for r in solvers}))
     return (
-        f"Profile {profiles} on **{names['dataset']}**, protocol of edition {names['edition']}: each solver saw "
-        f"{min(images):,} to {max(images):,} training images, in {min(times):.0f} to {max(times):.0f} minutes."
+        f"Profile {profiles} on **{names['dataset']}**, protocol of edition {names['edition']}: "
+        f"each solver saw {min(images):,} to {max(images):,} training images, "
+        f"in {min(times):.0f} to {max(times):.0f} minutes."
     )
 
 
@@ -350,7 +385,8 @@ MARKS = {"replicated": "✓", "the opposite": "✗", "not distinguishable": "≈
 
 
 def overview(edition: str, records: list[dict]) -> list[str]:
-    """Lines of a Markdown table: every pair of methods that the paper's tables compare, one column a task of Table I."""
+    """Lines of a Markdown table: every pair of methods that the paper's tables compare, one column a task of
+    Table I."""
     tasks = list(dict.fromkeys(key[0] for key in paper_table("I", edition)))
     heads = [TASKS[task].label for task in tasks]
     lines = ["| Table | First over second | " + " | ".join(heads) + " |", "| --- " * (2 + len(heads)) + "|"]
@@ -363,7 +399,9 @@ def overview(edition: str, records: list[dict]) -> list[str]:
                     cells.append("–")
                     continue
                 mark = MARKS.get(verdict(pair), "?")
-                cells.append(f"{mark} {signed(pair.difference)} ± {pair.half_width:.2f} ({signed(pair.paper)})")
+                cells.append(
+                    f"{mark} {signed(pair.difference)} ± {pair.half_width:.2f} ({signed(pair.paper)})"
+                )
             if set(cells) != {"–"}:
                 label = f"{METHODS[first].label} over {METHODS[second].label}".replace(" prox", "")
                 lines.append(f"| {name} | {label} | {' | '.join(cells)} |")
@@ -371,27 +409,32 @@ def overview(edition: str, records: list[dict]) -> list[str]:
 
 
 def findings(records: list[dict]) -> list[str]:
-    """Markdown for the front page: for each edition with recorded solvers its budget and what became of the claims of the paper's
-    tables; then what the flows are like."""
+    """Markdown for the front page: for each edition with recorded solvers its budget and what became of the
+    claims of the paper's tables; then what the flows are like."""
     lines = [
         "By how many decibels one method is above another, ours and, in brackets, the paper's. "
-        "✓: the paper's order, ✗: the opposite, ≈: not distinguishable, ?: one of the two is below its own measurement or below "
-        "a classical method, so that no claim is made; –: not run or not in the paper."
+        "✓: the paper's order, ✗: the opposite, ≈: not distinguishable, ?: one of the two is below its own "
+        "measurement or below a classical method, so that no claim is made; –: not run or not in the paper."
     ]
-    for edition in sorted({r["experiment"]["edition"] for r in records if r["kind"] == "solver"}, reverse=True):
+    for edition in sorted(
+        {r["experiment"]["edition"] for r in records if r["kind"] == "solver"}, reverse=True
+    ):
         run = comparison(records, edition)
         lines += ["", budget(run) + " This is far below the paper's budget.", "", *overview(edition, run), ""]
         for r in run:
             if r["kind"] == "failed":
-                lines += [f"- {METHODS[r['method']].label}, {r['task']}: **diverged** at step {r['training']['steps']}."]
+                step = r["training"]["steps"]
+                lines += [f"- {METHODS[r['method']].label}, {r['task']}: **diverged** at step {step}."]
     lines.append("")
     for r in records:
         if r["kind"] == "flow":
             change = {name: response["0.01"] / 0.01 for name, response in r["shrinkage_response"].items()}
+            profile = r["experiment"]["profile"]
             lines.append(
-                f"- The flow `{r['name']}` of the profile `{r['experiment']['profile']}`: {plus_minus(r['bits_per_dim'])} bits per "
-                f"dimension of clean test images. Shrinking its latents by 1 + λ (λ = 0.01) moves clean images by "
-                f"{change['natural']:.1f} λ and noisy ones by {change['noise 0.2']:.1f} λ, root mean square."
+                f"- The flow `{r['name']}` of the profile `{profile}`: {plus_minus(r['bits_per_dim'])} bits "
+                "per dimension of clean test images. Shrinking its latents by 1 + λ (λ = 0.01) moves clean "
+                f"images by {change['natural']:.1f} λ and noisy ones by {change['noise 0.2']:.1f} λ, "
+                "root mean square."
             )
     return lines
 
@@ -400,7 +443,7 @@ def tabulate(experiment):
     """Writes all tables that the book includes to build/tables/."""
     here, kept = records_of_build(experiment), recorded()
     tables = experiment.build / "tables"
-    edition, names = experiment.names["edition"], experiment.names
+    edition, names, sizes = experiment.names["edition"], experiment.names, experiment.split_sizes
     solvers = any(r["kind"] == "solver" for r in kept)
     write_csv(tables / "table1.csv", table("I", edition, here))
     write_csv(tables / "table1_recorded.csv", table("I", "v2", comparison(kept, "v2")))
@@ -409,10 +452,15 @@ def tabulate(experiment):
     times = [minutes(r["training"]) for r in here if "training" in r]
     write_text(
         tables / "build.md",
-        f"This build used the profile **{names['profile']}** on the data set **{names['dataset']}** with the protocol of edition "
-        f"**{names['edition']}** ({experiment.edition.num_folds} folds; {experiment.split_sizes['train']} training, "
-        f"{experiment.split_sizes['val']} validation and {experiment.split_sizes['test']} test images), seed {names['seed']}: "
-        f"{len(times)} trainings, {sum(times):.1f} minutes in all. Recorded runs kept with the code: {len(kept)}.",
+        f"This build used the profile **{names['profile']}** on the data set **{names['dataset']}** with the "
+        f"protocol of edition **{edition}** ({experiment.edition.num_folds} folds; {sizes['train']} training, "
+        f"{sizes['val']} validation and {sizes['test']} test images), seed {names['seed']}: "
+        f"{len(times)} trainings, {sum(times):.1f} minutes in all. "
+        f"Recorded runs kept with the code: {len(kept)}.",
     )
-    lines = findings(kept) if solvers else ["No run on real faces is recorded yet; {doc}`build` shows what was run."]
+    lines = (
+        findings(kept)
+        if solvers
+        else ["No run on real faces is recorded yet; {doc}`build` shows what was run."]
+    )
     write_text(tables / "findings.md", "\n".join(lines))

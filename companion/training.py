@@ -1,4 +1,5 @@
-"""How the runs of an experiment are trained: the flow by likelihood (14), solvers end to end by mean squared error."""
+"""How the runs of an experiment are trained: the flow by likelihood (14), solvers end to end by mean squared
+error."""
 
 import copy
 
@@ -40,8 +41,8 @@ def model_path(experiment, run):
 
 
 def _train_flow(experiment, run, directory):
-    """Maximum likelihood (14) on dequantised images; the loss is in bits per dimension. Noisy: goes on from the clean flow, on
-    images with Gaussian noise of a random σ in [0, NOISY_SIGMA] each."""
+    """Maximum likelihood (14) on dequantised images; the loss is in bits per dimension. Noisy: goes on from
+    the clean flow, on images with Gaussian noise of a random σ in [0, NOISY_SIGMA] each."""
     settings, seed, images = run.training, run.seed, experiment.images()
     train, val = experiment.split("pretrain", images), experiment.split("val", images)[: settings.val_images]
 
@@ -72,7 +73,9 @@ def _train_flow(experiment, run, directory):
 
     groups = [{"params": list(glow.parameters()), "lr": settings.lr}]
     identity = _identity(run, images)
-    return glow, fit(glow, groups, batch_loss, validation_loss, settings, len(train), seed, directory, identity)
+    return glow, fit(
+        glow, groups, batch_loss, validation_loss, settings, len(train), seed, directory, identity
+    )
 
 
 def _fresh_prox(experiment, run):
@@ -85,8 +88,10 @@ def _fresh_prox(experiment, run):
 
 
 def build_solver(experiment: Experiment, run: Run) -> UnfoldedPGD:
-    """The untrained solver: K folds that start from the same pre-trained network or each from fresh weights, and x_0 = g(0)
-    for flows, 0 for the baselines. A denoiser is a solver of one fold with μ = 1 and x_0 = 0, for which x̃ = y."""
+    """The untrained solver: K folds that start from the same pre-trained network or each from fresh weights,
+    and x_0 = g(0)
+    for flows, 0 for the baselines. A denoiser is a solver of one fold with μ = 1 and x_0 = 0, for which x̃ =
+    y."""
     torch.manual_seed(run.seed)
     if run.start is None:
         proxes = [_fresh_prox(experiment, run) for _ in range(run.num_folds)]
@@ -115,10 +120,15 @@ def parameter_groups(solver: UnfoldedPGD, settings) -> list[dict]:
 
 
 def _train_solver(experiment, run, directory):
-    solver, settings, seed, images = build_solver(experiment, run).to(device()), run.training, run.seed, experiment.images()
+    solver, settings, seed, images = (
+        build_solver(experiment, run).to(device()),
+        run.training,
+        run.seed,
+        experiment.images(),
+    )
     train = to_tensor(experiment.split("train", images))
     val = to_tensor(experiment.split("val", images)[: settings.val_images])
-    operator = TASKS[run.task].make_operator(train.shape[-1]).to(device())
+    operator = TASKS[run.task].make_operator(train.shape[-1], **run.operator).to(device())
 
     def measured(x, purpose, step=0):
         x = x.to(device())

@@ -1,4 +1,5 @@
-"""flowlib: deep unfolding with normalizing-flow priors for inverse problems (Wei et al., arXiv 2107.02848)."""
+"""flowlib: deep unfolding with normalizing-flow priors for inverse problems (Wei et al., arXiv
+2107.02848)."""
 
 __version__ = "0.1.0"
 
@@ -7,24 +8,9 @@ from flowlib.glow import Glow, set_compute_dtype, set_memory
 from flowlib.glowip import load_glowip
 from flowlib.metrics import psnr, ssim
 from flowlib.operators import Blur, Denoising, Inpainting, LinearOperator
-from flowlib.prox import GlowProx, ResNetProx, UNetProx
+from flowlib.prox import GlowProx, Prox, ResNetProx, UNetProx
 from flowlib.solver import UnfoldedPGD
 
-__all__ = [
-    "Blur",
-    "Denoising",
-    "Glow",
-    "GlowProx",
-    "Inpainting",
-    "LinearOperator",
-    "ResNetProx",
-    "UNetProx",
-    "UnfoldedPGD",
-    "load_checkpoint",
-    "load_glowip",
-    "psnr",
-    "save_checkpoint",
-    "set_compute_dtype",
-    "set_memory",
-    "ssim",
-]
+__all__ = ["Blur", "Denoising", "Glow", "GlowProx", "Inpainting", "LinearOperator", "Prox", "ResNetProx"]
+__all__ += ["UNetProx", "UnfoldedPGD", "load_checkpoint", "load_glowip", "psnr", "save_checkpoint"]
+__all__ += ["set_compute_dtype", "set_memory", "ssim"]

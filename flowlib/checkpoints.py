@@ -1,11 +1,15 @@
-"""Checkpoints: tensors in safetensors, everything else as JSON in the same file's header, so that one rename is atomic."""
+"""Checkpoints: one safetensors file, with all that is no tensor as JSON in its header."""
 
+import functools
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from flowlib.files import write_atomically
 from flowlib.glow import Glow
@@ -13,14 +17,18 @@ from flowlib.prox import PROXES
 from flowlib.solver import UnfoldedPGD
 
 
-def save_tensors(path, tensors, header):
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Writes a dict of tensors and a JSON-able header to one file, atomically."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomically(path, lambda p: save_file(tensors, p, metadata={"flowlib": json.dumps(header)}))
+    found = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    first = {value.data_ptr(): key for key, value in reversed(found.items())}
+    found = {
+        key: v if first[v.data_ptr()] == key else v.clone() for key, v in found.items()
+    }  # no shared memory
+    write_atomically(path, lambda p: save_file(found, p, metadata={"flowlib": json.dumps(header)}))
 
 
-def load_tensors(path):
-    """(tensors, header) as save_tensors wrote them. Raises FileNotFoundError, or ValueError for any other kind of file."""
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, header) as save_tensors wrote them. FileNotFoundError, or ValueError for any other file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: train it first, or correct the path")
     try:
@@ -28,66 +36,99 @@ def load_tensors(path):
             header = (f.metadata() or {}).get("flowlib")
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or is truncated ({error}): copy or train it again") from error
+        raise ValueError(f"{path} is no safetensors file, or is truncated ({error})") from error
     if header is None:
         raise ValueError(f"{path} was not written by flowlib (its header has no 'flowlib' entry)")
     return tensors, json.loads(header)
 
 
-def save_checkpoint(path, model, dtype=None, **info):
+def save_checkpoint(
+    path: str | Path, model: Glow | UnfoldedPGD, dtype: torch.dtype | None = None, **info: Any
+) -> None:
     """Writes a Glow or an UnfoldedPGD with all that is needed to build it again, and any JSON-able info.
 
-    dtype: torch.float16 or bfloat16 halves the file; None keeps the model's."""
+    dtype: torch.float16 or bfloat16 halves the file; None keeps the model's. A prox that serves several folds
+    is written once. Raises ValueError for a prox that cannot be built again, TypeError for another model."""
+    tensors = model.state_dict()
     if isinstance(model, Glow):
         header = {"kind": "Glow", "config": model.config}
     elif isinstance(model, UnfoldedPGD):
-        kinds = {cls: name for name, cls in PROXES.items()}
-        header = {
-            "kind": "UnfoldedPGD",
-            "prox": kinds[type(model.proxes[0])],
-            "config": model.proxes[0].config,
-            "num_folds": model.num_folds,
-            "literal_last_fold": model.literal_last_fold,
-            "image_shape": list(model.x0.shape[1:]),
-        }
+        folds, proxes = [], list(model.proxes)
+        for k, prox in enumerate(proxes):
+            first = proxes.index(prox)
+            folds.append(_describe(prox) if first == k else {"same_as": first})
+            if first < k:
+                tensors = {key: v for key, v in tensors.items() if not key.startswith(f"proxes.{k}.")}
+        header = {"kind": "UnfoldedPGD", "folds": folds, "literal_last_fold": model.literal_last_fold}
+        header["image_shape"] = list(model.x0.shape[1:])
     else:
         raise TypeError(f"can save a Glow or an UnfoldedPGD, not a {type(model).__name__}")
-    tensors = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in model.state_dict().items()}
+    tensors = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
     save_tensors(path, tensors, header | {"info": info})
 
 
-def load_checkpoint(path):
-    """The Glow or UnfoldedPGD that save_checkpoint wrote, in evaluation mode and float32 (float64 if so saved).
+def _describe(prox):
+    """{"prox": name, "config": …}: what a fold's prox is built from again."""
+    cls = type(prox)
+    known = {cls: name for name, cls in PROXES.items()}
+    name = known.get(cls, f"{cls.__module__}:{cls.__qualname__}")
+    if name.startswith("__main__:") or "<locals>" in name:
+        raise ValueError(f"{name} cannot be imported again: define it at the top of a module of its own")
+    if not hasattr(prox, "config") or not hasattr(cls, "from_config"):
+        raise ValueError(f"{name} lacks `config` or `from_config`, to build it again: see flowlib.prox.Prox")
+    return {"prox": name, "config": prox.config}
 
-    Raises FileNotFoundError; ValueError for a foreign, truncated or inconsistent file, naming the first key that does not fit."""
+
+def _build(fold):
+    """The prox that _describe described. A file can name a class to import; it cannot hold code."""
+    name, (module, _, qualified) = fold["prox"], fold["prox"].partition(":")
+    try:
+        cls = PROXES.get(name)
+        cls = cls or functools.reduce(getattr, qualified.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"needs `from {module} import {qualified}`, which failed: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "from_config")):
+        raise ValueError(f"{name} is no prox: see flowlib.prox.Prox")
+    return cls.from_config(fold["config"])
+
+
+def load_checkpoint(path: str | Path) -> Glow | UnfoldedPGD:
+    """The Glow or UnfoldedPGD that save_checkpoint wrote, in evaluation mode, float32 or float64 as saved.
+
+    A prox class of one's own is imported. Raises FileNotFoundError; ValueError for a class that cannot be
+    imported and for a foreign, truncated or inconsistent file, naming the first key that does not fit."""
     tensors, header = load_tensors(path)
     if header.get("kind") == "Glow":
         model = Glow(**header["config"])
     elif header.get("kind") == "UnfoldedPGD":
-        prox = PROXES[header["prox"]]
-        model = UnfoldedPGD(
-            [prox.from_config(header["config"]) for _ in range(header["num_folds"])],
-            torch.zeros(1, *header["image_shape"]),
-            literal_last_fold=header["literal_last_fold"],
-        )
+        # Before there were unequal folds, one description served all.
+        folds, proxes = header.get("folds") or [header] * header["num_folds"], []
+        for k, fold in enumerate(folds):
+            if "same_as" in fold:
+                prefix = f"proxes.{fold['same_as']}."
+                found = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+                tensors |= {f"proxes.{k}.{key}": value for key, value in found.items()}
+            proxes.append(proxes[fold["same_as"]] if "same_as" in fold else _build(fold))
+        x0 = torch.zeros(1, *header["image_shape"])
+        model = UnfoldedPGD(proxes, x0, literal_last_fold=header["literal_last_fold"])
     else:
-        raise ValueError(
-            f"{path} holds no model but {header.get('kind', 'a training state')!r}: give a model.safetensors"
-        )
+        kind = header.get("kind", "a training state")
+        raise ValueError(f"{path} holds no model but {kind!r}: give a model.safetensors")
     if any(v.dtype == torch.float64 for v in tensors.values()):
         model.double()
     load_state(model, tensors, path)
     return model.eval()
 
 
-def load_state(model, tensors, path):
-    """model.load_state_dict, with a ValueError that names the first key that does not fit."""
+def load_state(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """model.load_state_dict, with a ValueError that names path and the first key that does not fit."""
     own = model.state_dict()
     for key in [*own, *tensors]:
         if key not in tensors or key not in own:
-            raise ValueError(f"{path} does not fit the model: {key} is {'missing' if key in own else 'not part of it'}")
-        if own[key].shape != tensors[key].shape:
-            raise ValueError(
-                f"{path} does not fit the model: {key} has shape {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}"
-            )
+            what = "is missing" if key in own else "is not part of it"
+        elif own[key].shape != tensors[key].shape:
+            what = f"has shape {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}"
+        else:
+            continue
+        raise ValueError(f"{path} does not fit the model: {key} {what}")
     model.load_state_dict(tensors)

@@ -1,6 +1,6 @@
 """Export of a flow solver to ONNX, to run it where there is no PyTorch: in a browser, in another program.
 
-The graph is written node by node, because tracing and optimising one of this many small layers takes minutes."""
+The graph is written node by node, because tracing one of this many small layers takes minutes."""
 
 import copy
 from pathlib import Path
@@ -12,14 +12,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 from flowlib.files import write_atomically
 from flowlib.layers import fold
+from flowlib.prox import GlowProx
+from flowlib.solver import UnfoldedPGD
 
 # What the graph of a task takes beside y: the mask, or the matrix of the blur along one axis.
 OPERATOR_DATA = {"denoising": None, "inpainting": "mask", "deblurring": "blur"}
 
 
 class _Graph:
-    """Nodes and constants of an ONNX graph in the making; calling it adds a node and returns the name of its
-    output, or a list of names where outputs is given."""
+    """An ONNX graph in the making; calling it adds a node and returns its output's name, or names if
+    `outputs`."""
 
     def __init__(self):
         self.nodes, self.constants = [], []
@@ -30,7 +32,8 @@ class _Graph:
         return names if outputs else names[0]
 
     def constant(self, values):
-        """A constant. Large ones are kept as 16-bit integers with one scale for each row, and cost the result about 1e-4."""
+        """A constant; large ones as 16-bit integers with a scale for each row, which costs the result about
+        1e-4."""
         values = values.detach().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
         if not np.isfinite(values).all():
             raise ValueError("the solver has weights that are not finite: train it again")
@@ -42,7 +45,9 @@ class _Graph:
         return self._keep(values)
 
     def _keep(self, values):
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(values), f"c{len(self.constants)}"))
+        self.constants.append(
+            numpy_helper.from_array(np.ascontiguousarray(values), f"c{len(self.constants)}")
+        )
         return self.constants[-1].name
 
     def conv(self, x, weight_and_bias, size=1):
@@ -53,8 +58,6 @@ class _Step:
     """A FlowStep with its ActNorms folded into the convolutions and its 1x1 matrix inverted."""
 
     def __init__(self, graph, step):
-        if step.coupling.scale != "tanh":
-            raise ValueError(f"only the scale rule 'tanh' can be exported, not {step.coupling.scale!r}")
         [folded] = fold([step])
 
         def kept(weight, bias):
@@ -74,7 +77,7 @@ class _Step:
         raw, t = graph("Split", graph.conv(h, last, 3), outputs=2, axis=1, num_outputs=2)
         return graph("Mul", graph("Tanh", raw), self.bound), t
 
-    def forward(self, x):
+    def __call__(self, x):
         graph = self.graph
         x_a, x_b = graph("Split", graph.conv(x, self.linear), outputs=2, axis=1, num_outputs=2)
         log_s, t = self._log_scale_and_shift(x_b)
@@ -100,7 +103,7 @@ def _prox(graph, glow, x, shrinkage, shape):
         x = graph("Transpose", graph("Reshape", x, graph.constant(np.int64(blocks))), perm=[0, 1, 3, 5, 2, 4])
         x = graph("Reshape", x, graph.constant(np.int64([1, channels, height, width])))
         for step in steps:
-            x = step.forward(x)
+            x = step(x)
         if i < len(levels) - 1:
             channels //= 2
             x, latent = graph("Split", x, outputs=2, axis=1, num_outputs=2)
@@ -130,21 +133,29 @@ def _apply(graph, task, x, adjoint=False):
 
 
 @torch.no_grad()
-def export_onnx(solver, task, path):
-    """Writes the solver of one task, "denoising", "inpainting" or "deblurring", as an ONNX file for one image at a time.
+def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
+    """Writes the solver of a task, "denoising", "inpainting" or "deblurring", as an ONNX file for one image
+    at a time.
 
-    Inputs: y (1, C, H, W); mask (1, 1, H, W) for inpainting, blur (H, H) for deblurring of square images (`Blur.matrix`);
-    step_size and shrinkage (K,), so that they can be moved. Outputs: folds (K, C, H, W), the images x_k, and latent_norms (K,),
-    ‖f_k(x̃_k)‖. Raises ValueError for a solver without flows, or with another scale rule than "tanh"."""
-    if not solver.proxes[0].uses_shrinkage:
-        raise ValueError("only solvers with a flow can be exported: there is no shrinkage to move in another one")
+    Inputs: y (1, C, H, W); mask (1, 1, H, W) for inpainting, blur (H, H) for deblurring of square images
+    (`Blur.matrix`); step_size and shrinkage (K,), so that they can be moved. Outputs: folds (K, C, H, W), the
+    images x_k, and latent_norms (K,), ``‖f_k(x̃_k)‖``. Raises ValueError for a solver without flows, or with
+    another scale rule than "tanh", or images that are not square for deblurring."""
+    if not all(isinstance(prox, GlowProx) for prox in solver.proxes):
+        raise ValueError("only solvers with a flow can be exported: others have no shrinkage to move")
+    if any(
+        getattr(m, "scale", "tanh") != "tanh" or getattr(m, "contiguous", False) for m in solver.modules()
+    ):
+        raise ValueError("only flows with the scale rule 'tanh' and the default squeeze can be exported")
+    if task == "deblurring" and solver.x0.shape[2] != solver.x0.shape[3]:
+        raise ValueError(f"deblurring can be exported for square images, not {tuple(solver.x0.shape[2:])}")
     solver, graph = copy.deepcopy(solver).float(), _Graph()
     num_folds, (_, *shape) = solver.num_folds, solver.x0.shape
     data = {None: [], "mask": [("mask", [1, 1, *shape[1:]])], "blur": [("blur", [shape[1], shape[1]])]}
-    inputs = [("y", [1, *shape]), *data[OPERATOR_DATA[task]], ("step_size", [num_folds]), ("shrinkage", [num_folds])]
-    step_sizes, shrinkages = (
-        graph("Split", name, outputs=num_folds, axis=0, num_outputs=num_folds) for name in ("step_size", "shrinkage")
-    )
+    scalars = [("step_size", [num_folds]), ("shrinkage", [num_folds])]
+    inputs = [("y", [1, *shape]), *data[OPERATOR_DATA[task]], *scalars]
+    each = dict(outputs=num_folds, axis=0, num_outputs=num_folds)
+    step_sizes, shrinkages = (graph("Split", name, **each) for name, _ in scalars)
     x, images, norms = graph.constant(solver.x0), [], []
     for prox, step_size, shrinkage in zip(solver.proxes, step_sizes, shrinkages):
         residual = _apply(graph, task, graph("Sub", "y", _apply(graph, task, x)), adjoint=True)
@@ -159,10 +170,9 @@ def export_onnx(solver, task, path):
     def described(tensors):
         return [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in tensors]
 
-    model = helper.make_model(
-        helper.make_graph(graph.nodes, "UnfoldedPGD", described(inputs), described(outputs), graph.constants),
-        opset_imports=[helper.make_opsetid("", 18)],
-        ir_version=10,  # which onnxruntime-web reads
-    )
+    parts = described(inputs), described(outputs), graph.constants
+    described_graph = helper.make_graph(graph.nodes, "UnfoldedPGD", *parts)
+    # Versions which onnxruntime-web reads.
+    model = helper.make_model(described_graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
     write_atomically(Path(path), lambda p: onnx.save(model, p))

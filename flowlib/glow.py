@@ -1,13 +1,34 @@
 """Glow (Kingma & Dhariwal 2018): the normalizing flow that serves as the image prior."""
 
+import functools
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowlib.layers import FlowStep, Split, Squeeze, fold
+from flowlib.images import Size, height_and_width
+from flowlib.layers import FlowStep, Folded, Split, Squeeze, fold, sum_dtype
 from flowlib.reversible import run_chain
+
+
+def _without_autocast(method):
+    """torch.autocast must not touch the affine maps: what has 16 bits is set_compute_dtype's business."""
+
+    @functools.wraps(method)
+    def run(self, *inputs, **options):
+        weight = next(self.parameters())
+        if weight.device.type == "meta" or not torch.is_autocast_enabled(weight.device.type):
+            return method(self, *inputs, **options)
+        if inputs:  # an image or latents, which autocast may have made 16 bits wide
+            x, *rest = inputs
+            inputs = (x.to(weight.dtype) if isinstance(x, Tensor) else [z.to(weight.dtype) for z in x], *rest)
+        with torch.autocast(weight.device.type, enabled=False):
+            return method(self, *inputs, **options)
+
+    return run
 
 
 class Glow(nn.Module):
@@ -15,62 +36,66 @@ class Glow(nn.Module):
 
     Each of the num_levels levels squeezes, applies num_steps flow steps and, but for the last, splits half of
     the channels off as a latent. The last level has last_level_steps steps (one, as the reference code builds
-    it: with num_levels 4, num_steps 18 and 512 hidden channels that gives the paper's 25.77 M parameters).
-    num_steps and hidden_channels may also be one number for each level, from fine to coarse; num_steps then gives the
-    last level's too. scale: the coupling's scale rule, "tanh" | "sigmoid" | "exp", see AffineCoupling. max_log_scale: bound
-    of "tanh"; None is 2 / steps of the level, so that the scales of its couplings multiply to between e^-2 and e^2.
+    it: with 4 levels, 18 steps and 512 hidden_channels that gives the paper's 25.77 M parameters). num_steps
+    and hidden_channels may also be one number for each level, from fine to coarse; num_steps then gives the
+    last level's too. scale: the coupling's scale rule, "tanh", "sigmoid" or "exp", see AffineCoupling.
+    max_log_scale: bound of "tanh"; None is 2 / steps of the level, so that the scales of its couplings
+    multiply to between e^-2 and e^2. scale_bias: of "sigmoid"; contiguous_squeeze: see Squeeze; both one for
+    all levels or one for each.
 
-    Raises ValueError where x is not (B, in_channels, H, W) with H and W divisible by 2^num_levels, and where there are
-    not as many numbers as levels."""
+    Raises ValueError where there are not as many numbers as levels; its methods, where x is not (B,
+    in_channels, H, W) with H and W divisible by 2^num_levels."""
 
     def __init__(
         self,
-        in_channels=3,
-        num_levels=4,
-        num_steps=18,
-        hidden_channels=512,
-        last_level_steps=1,
-        scale="tanh",
-        max_log_scale=None,
-    ):
-        super().__init__()
-        self.config = dict(
-            in_channels=in_channels,
-            num_levels=num_levels,
-            num_steps=num_steps,
-            hidden_channels=hidden_channels,
-            last_level_steps=last_level_steps,
-            scale=scale,
-            max_log_scale=max_log_scale,
+        in_channels: int = 3,
+        num_levels: int = 4,
+        num_steps: int | Sequence[int] = 18,
+        hidden_channels: int | Sequence[int] = 512,
+        last_level_steps: int = 1,
+        scale: str = "tanh",
+        max_log_scale: float | None = None,
+        scale_bias: float | Sequence[float] = 0.0,
+        contiguous_squeeze: bool | Sequence[bool] = False,
+    ) -> None:
+        config = dict(in_channels=in_channels, num_levels=num_levels, num_steps=num_steps)
+        config |= dict(hidden_channels=hidden_channels, last_level_steps=last_level_steps, scale=scale)
+        config |= dict(
+            max_log_scale=max_log_scale, scale_bias=scale_bias, contiguous_squeeze=contiguous_squeeze
         )
+        super().__init__()
+        self.config = {key: _plain(value) for key, value in config.items()}
+        channels, num_levels, num_steps, _, last_level_steps, *_ = self.config.values()
         self.memory = "plain"
-        self.squeeze, self.split = Squeeze(), Split()
-        self.levels = nn.ModuleList()
-        steps = num_steps if not isinstance(num_steps, int) else [num_steps] * (num_levels - 1) + [last_level_steps]
-        hidden = hidden_channels if not isinstance(hidden_channels, int) else [hidden_channels] * num_levels
-        if len(steps) != num_levels or len(hidden) != num_levels:
-            raise ValueError(
-                f"num_levels is {num_levels}, but num_steps {num_steps} and hidden_channels {hidden_channels}: give one number "
-                "for each level, or one for all"
-            )
-        channels = in_channels
-        for level_steps, level_hidden in zip(steps, hidden):
+
+        def each(name):
+            value = self.config[name]
+            values = value if isinstance(value, list) else [value] * num_levels
+            if len(values) != num_levels:
+                raise ValueError(
+                    f"{name} {value}: give one number for each of {num_levels} levels, or one for all"
+                )
+            return values
+
+        steps = each("num_steps")
+        if not isinstance(num_steps, list):
+            steps[-1] = last_level_steps
+        self.squeezes = nn.ModuleList(Squeeze(contiguous) for contiguous in each("contiguous_squeeze"))
+        self.split, self.levels = Split(), nn.ModuleList()
+        for level_steps, hidden, bias in zip(steps, each("hidden_channels"), each("scale_bias")):
             channels *= 4
-            bound = max_log_scale or 2 / level_steps
-            self.levels.append(
-                nn.ModuleList(FlowStep(channels, level_hidden, scale, bound) for _ in range(level_steps))
-            )
+            rule = dict(scale=scale, max_log_scale=max_log_scale or 2 / level_steps, scale_bias=bias)
+            self.levels.append(nn.ModuleList(FlowStep(channels, hidden, **rule) for _ in range(level_steps)))
             channels //= 2
 
-    def latent_shapes(self, image_size):
+    def latent_shapes(self, image_size: Size) -> list[tuple[int, int, int]]:
         """Shapes (C, H, W) of the latents of an image of size image_size (one number, or (H, W))."""
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = height_and_width(image_size)
         channels, num_levels = self.config["in_channels"], self.config["num_levels"]
-        if height % 2**num_levels or width % 2**num_levels:
-            raise ValueError(
-                f"height {height} and width {width} must both be divisible by 2^num_levels = {2**num_levels}: "
-                "crop or pad the image, or build a Glow with fewer levels"
-            )
+        divisor = 2**num_levels
+        if height % divisor or width % divisor:
+            what = f"height {height} and width {width} must both be divisible by 2^num_levels = {divisor}"
+            raise ValueError(f"{what}: crop or pad the image, or build a Glow with fewer levels")
         shapes = []
         for level in range(1, num_levels + 1):
             channels = channels * 4 if level == num_levels else channels * 2
@@ -78,17 +103,17 @@ class Glow(nn.Module):
         return shapes
 
     def _check(self, x):
-        if x.ndim != 4 or x.shape[1] != self.config["in_channels"]:
-            raise ValueError(f"expected images (B, {self.config['in_channels']}, H, W), got shape {tuple(x.shape)}")
+        channels = self.config["in_channels"]
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"expected images (B, {channels}, H, W), got shape {tuple(x.shape)}")
         if not x.is_floating_point():
-            raise ValueError(
-                f"expected floating-point images in [-0.5, 0.5], got {x.dtype}: see flowlib.images.to_tensor"
-            )
+            raise ValueError(f"expected floating-point images, got {x.dtype}: see flowlib.images.to_tensor")
         self.latent_shapes(tuple(x.shape[2:]))
 
-    def fold(self, **which):
-        """What the steps compute with, from their parameters (layers.fold): pass it to forward and inverse where both are
-        called, so that it is made once. None in the memory modes that do not keep it."""
+    @_without_autocast
+    def fold(self, **which: bool) -> list[list[Folded]] | None:
+        """What the steps compute with, made once for several calls of forward and inverse. which: see
+        layers.fold. None in the memory modes that do not keep it."""
         if self.memory != "plain" and torch.is_grad_enabled():
             return None
         return [fold(list(level), **which) for level in self.levels]
@@ -108,89 +133,110 @@ class Glow(nn.Module):
             total = total + step_log_det if log_det else None
         return x, total
 
-    def forward(self, x, folded=None, log_det=True):
-        """z = f(x): images (B, C, H, W) -> (latents, one tensor a level; log_det (B,) in nats).
-
-        folded: what fold() gave, if it serves several calls. Without log_det, it is not computed, and of no use."""
+    @_without_autocast
+    def forward(
+        self, x: Tensor, folded: list | None = None, log_det: bool = True
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """z = f(x), equation (4): images (B, C, H, W) -> (latents, one tensor a level; log_det (B,) in nats).
+        folded: what fold() gave, if it serves several calls. Without log_det, it is not computed, and of no
+        use."""
         self._check(x)
         folded = folded or self.fold(inverse=False, log_det=log_det)
         latents, total = [], x.new_zeros(len(x))
-        for i in range(len(self.levels)):
-            x = self.squeeze(x)
-            x, level_log_det = self._run(i, x, False, folded, log_det)
+        for i, squeeze in enumerate(self.squeezes):
+            x, level_log_det = self._run(i, squeeze(x), False, folded, log_det)
             total = total + level_log_det if log_det else None
             if i < len(self.levels) - 1:
                 x, latent = self.split(x)
                 latents.append(latent)
         return (*latents, x), total
 
-    def inverse(self, latents, folded=None, log_det=True):
-        """x = g(z): latents as forward returns them -> (images (B, C, H, W); log_det (B,) of g, in nats).
-
-        folded, log_det: as in forward."""
-        expected = len(self.levels)
-        if len(latents) != expected:
-            raise ValueError(f"expected {expected} latents, one for each level, got {len(latents)}")
+    @_without_autocast
+    def inverse(
+        self, latents: Sequence[Tensor], folded: list | None = None, log_det: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """x = g(z), equation (5): latents as forward returns them -> (images (B, C, H, W); log_det (B,) in
+        nats). folded, log_det: as in forward. Raises ValueError where there are not as many latents as
+        levels."""
+        if len(latents) != len(self.levels):
+            raise ValueError(f"expected {len(self.levels)} latents, one for each level, got {len(latents)}")
         folded = folded or self.fold(forward=False, log_det=log_det)
         x, total = latents[-1], latents[-1].new_zeros(len(latents[-1]))
-        for i in reversed(range(expected)):
-            if i < expected - 1:
+        for i in reversed(range(len(latents))):
+            if i < len(latents) - 1:
                 x = self.split.inverse(x, latents[i])
             x, level_log_det = self._run(i, x, True, folded, log_det)
             total = total + level_log_det if log_det else None
-            x = self.squeeze.inverse(x)
+            x = self.squeezes[i].inverse(x)
         return x, total
 
-    def log_prob(self, x):
-        """log p(x) = log p(f(x)) + log |det Df(x)|, equation (6): (B,) in nats."""
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) = log p(f(x)) + ``log |det Df(x)|``, equation (6): (B,) in nats."""
         latents, log_det = self.forward(x)
         return standard_normal_log_prob(latents) + log_det
 
-    def bits_per_dim(self, x, num_bins=256):
-        """-log2 p(x) per dimension, in bits (B,), of dequantised images whose num_bins grey levels fill an interval of 1."""
-        num_dims = x[0].numel()
-        return (-self.log_prob(x) / num_dims + math.log(num_bins)) / math.log(2)
+    def bits_per_dim(self, x: Tensor, num_bins: int = 256) -> Tensor:
+        """-log2 p(x) per dimension, in bits (B,), of dequantised images: num_bins grey levels in an interval
+        of 1."""
+        return (-self.log_prob(x) / x.shape[1:].numel() + math.log(num_bins)) / math.log(2)
 
-    def sample(self, num_samples, image_size, temperature=1.0, generator=None):
+    def sample(
+        self, num_samples: int, image_size: Size, temperature: float = 1.0, generator: Generator | None = None
+    ) -> Tensor:
         """Images (num_samples, C, H, W) = g(temperature * z), z ~ N(0, I) drawn with the generator."""
-        weight = next(self.parameters())
-        shapes = self.latent_shapes(image_size)
+        weight, shapes = next(self.parameters()), self.latent_shapes(image_size)
         latents = [temperature * torch.randn(num_samples, *s, generator=generator).to(weight) for s in shapes]
         return self.inverse(latents)[0]
 
-    def mode(self, image_size):
+    def mode(self, image_size: Size) -> Tensor:
         """g(0), the paper's initial guess x_0: (1, C, H, W)."""
         weight = next(self.parameters())
         return self.inverse([weight.new_zeros(1, *s) for s in self.latent_shapes(image_size)])[0]
 
     @property
-    def initialized(self):
+    def initialized(self) -> bool:
+        """Sets every ActNorm from a batch of images (B, C, H, W), once, before training. Raises RuntimeError
+        where it was done before (a loaded or trained flow); ValueError where a channel is constant: all is
+        then as it was."""
         return bool(self.levels[0][0].actnorm.initialized)
 
+    @_without_autocast
     @torch.no_grad()
-    def initialize(self, x):
+    def initialize(self, x: Tensor) -> None:
         """Sets every ActNorm from a batch of images (B, C, H, W), once, before training.
 
-        Raises RuntimeError where it was done before (a loaded or trained flow)."""
+        Raises RuntimeError where it was done before (a loaded or trained flow); ValueError where a channel is
+        constant: the flow is then as it was."""
         self._check(x)
         if self.initialized:
             raise RuntimeError("this Glow is initialised already; initialise a new one, or train on without")
-        for i, level in enumerate(self.levels):
-            x = self.squeeze(x)
-            for step in level:
-                x = step.initialize(x)
-            if i < len(self.levels) - 1:
+        before = {key: value.clone() for key, value in self.state_dict().items()}
+        try:
+            for squeeze, level in zip(self.squeezes, self.levels):
+                x = squeeze(x)
+                for step in level:
+                    x = step.initialize(x)
                 x, _ = self.split(x)
+        except ValueError:
+            self.load_state_dict(before)
+            raise
 
 
-def standard_normal_log_prob(latents):
+def standard_normal_log_prob(latents: Sequence[Tensor]) -> Tensor:
     """log N(z; 0, I) summed over all latents: (B,) in nats."""
-    return sum(-0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(1, 2, 3)) for z in latents)
+    squares = [z.to(sum_dtype(z)).square() for z in latents]
+    return sum(-0.5 * (s + math.log(2 * math.pi)).sum(dim=(1, 2, 3)) for s in squares)
 
 
-def set_compute_dtype(model, dtype):
-    """Lets every coupling net, U-Net and ResNet in the model compute in dtype (torch.bfloat16; None: as the input).
+def _plain(value):
+    """NumPy's numbers as Python's and tuples as lists, so that a configuration can be written as JSON."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(v) for v in value]
+    return value.item() if isinstance(value, np.generic) else value
 
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Lets every coupling net, U-Net and ResNet in the model compute in dtype (bfloat16; None: as the input).
     Weights, affine maps and log-determinants keep their precision."""
     for module in model.modules():
         if hasattr(module, "compute_dtype"):
@@ -200,9 +246,10 @@ def set_compute_dtype(model, dtype):
 MEMORY_MODES = ("plain", "reversible", "checkpoint")
 
 
-def set_memory(model, mode):
-    """How every Glow in the model backpropagates: "plain" keeps all activations; "reversible" keeps one tensor a level
-    and recomputes the rest from it by inversion; "checkpoint" keeps each step's input, where the inverse is not trusted."""
+def set_memory(model: nn.Module, mode: str) -> None:
+    """How every Glow in the model backpropagates: "plain" keeps all activations; "reversible" keeps one
+    tensor a level and recomputes the rest by inversion; "checkpoint" keeps each step's input, where the
+    inverse is not trusted. Raises ValueError for another mode."""
     if mode not in MEMORY_MODES:
         raise ValueError(f"unknown memory mode {mode!r}; choose one of {', '.join(MEMORY_MODES)}")
     for module in model.modules():

@@ -1,76 +1,92 @@
-"""Checkpoints of GlowIP (Asim et al. 2020), the flow code that the paper used and whose pre-trained model it starts from."""
+"""Checkpoints of GlowIP (Asim et al. 2020), the code the paper used and whose pre-trained flow it starts
+from."""
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowlib.checkpoints import load_state
 from flowlib.glow import Glow
 
-# Per flow step: name there -> name here. The invertible 1x1 carries two trailing axes there, the scales leading ones.
-_NAMES = {
-    "actnorm.logs": "actnorm.log_scale",
-    "actnorm.b": "actnorm.bias",
-    "invconv.W": "invconv.weight",
-    "coupling.net.logs": "coupling.net.log_scale",
-    **{f"coupling.net.conv{i}.{p}": f"coupling.net.conv{i}.{p}" for i in (1, 2, 3) for p in ("weight", "bias")},
-    **{f"coupling.net.actnorm{i}.logs": f"coupling.net.actnorm{i}.log_scale" for i in (1, 2)},
-    **{f"coupling.net.actnorm{i}.b": f"coupling.net.actnorm{i}.bias" for i in (1, 2)},
+# Per flow step: name there -> name here. Some carry axes of length 1 there.
+_NAMES = {"actnorm.logs": "actnorm.log_scale", "actnorm.b": "actnorm.bias", "invconv.W": "invconv.weight"}
+_NAMES |= {
+    f"coupling.net.{n}": f"coupling.net.{n}" for i in "123" for n in (f"conv{i}.weight", f"conv{i}.bias")
 }
+_NAMES |= {f"coupling.net.{i}logs": f"coupling.net.{i}log_scale" for i in ("", "actnorm1.", "actnorm2.")}
+_NAMES |= {f"coupling.net.{i}b": f"coupling.net.{i}bias" for i in ("actnorm1.", "actnorm2.")}
 
 
-def load_glowip(path_or_state_dict):
+def load_glowip(
+    path_or_state_dict: str | Path | dict[str, Tensor], config: str | Path | Mapping[str, Any] | None = None
+) -> Glow:
     """The Glow of a GlowIP state dict (a .pt file or the dict itself), in evaluation mode.
 
-    The geometry is read from the keys: `glow_modules` there holds, for each level, a squeeze, its steps and (but for the
-    last) a split. Files are read with weights_only, so nothing in them is executed. Raises FileNotFoundError, and
-    ValueError for a truncated, foreign or inconsistent file, naming the first key that does not fit."""
+    Sizes are read from the keys: `glow_modules` there holds, for each level, a squeeze, its steps and (but
+    for the last) a split. config: the options it was trained with, a mapping or JSON file; None looks for
+    configs.json beside the weights. Three change the flow: `squeeze_contig` and `coupling_bias` on all levels
+    but the last, and `last_zeros`, which that code also passes, by position, as the last level's coupling
+    bias: 1 where it is true.
+
+    Files are read with weights_only, so nothing in them is executed. Raises FileNotFoundError, and ValueError
+    for a truncated, foreign or inconsistent file, naming the first key that does not fit, and for additive
+    couplings."""
     state, source = path_or_state_dict, "this state dict"
     if not isinstance(state, dict):
         source = Path(state)
         if not source.is_file():
             raise FileNotFoundError(f"no GlowIP checkpoint at {source}")
+        beside = source.with_name("configs.json")
+        config = beside if config is None and beside.is_file() else config
         try:
             state = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{source} is truncated, or no PyTorch state dict ({error})") from error
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{source} holds no state dict but a {type(state).__name__}")
+    options = config or {}
+    if not isinstance(options, Mapping):
+        options = json.loads(Path(options).read_text(encoding="utf-8"))
+    if options.get("coupling", "affine") != "affine":
+        raise ValueError(f"only affine couplings can be loaded, not {options['coupling']!r}")
 
     modules = {}  # index in glow_modules -> {name here: tensor}
     for key, value in state.items():
         match = re.fullmatch(r"(?:module\.)?glow_modules\.(\d+)\.(.+)", str(key))
-        if not match or match[2] not in _NAMES or not isinstance(value, torch.Tensor):
+        if not match or match[2] not in _NAMES or not isinstance(value, Tensor):
             raise ValueError(f"{source} is no GlowIP flow: its key {key!r} is not one of a flow step")
-        value = (
-            value if value.ndim == 4 and ".conv" in key else value.flatten(1) if "invconv" in key else value.flatten()
-        )
+        if value.ndim != 4 or ".conv" not in key:
+            value = value.flatten(1) if "invconv" in key else value.flatten()
         modules.setdefault(int(match[1]), {})[_NAMES[match[2]]] = value
-
-    levels = [[min(modules)]]
-    for index in sorted(modules)[1:]:
-        if index == levels[-1][-1] + 1:
-            levels[-1].append(index)
-        else:
-            levels.append([index])
+    levels = []
+    for index in sorted(modules):
+        if index - 1 not in modules:
+            levels.append([])
+        levels[-1].append(modules[index])
     renamed = {
         f"levels.{level}.{step}.{name}": value
         for level, steps in enumerate(levels)
-        for step, index in enumerate(steps)
-        for name, value in modules[index].items()
+        for step, tensors in enumerate(steps)
+        for name, value in tensors.items()
     }
-    first = f"glow_modules.{levels[0][0]}"
+    first = levels[0][0]
     for name in ("invconv.weight", "coupling.net.conv1.weight"):
-        if name not in modules[levels[0][0]]:
-            raise ValueError(f"{source} is no whole GlowIP flow: {first} has no {name}")
+        if name not in first:
+            raise ValueError(f"{source} is no whole GlowIP flow: glow_modules.{min(modules)} has no {name}")
+    but_last = len(levels) - 1
     glow = Glow(
-        in_channels=len(modules[levels[0][0]]["invconv.weight"]) // 4,
+        in_channels=len(first["invconv.weight"]) // 4,
         num_levels=len(levels),
-        num_steps=len(levels[0]),
-        hidden_channels=len(modules[levels[0][0]]["coupling.net.conv1.weight"]),
-        last_level_steps=len(levels[-1]),
+        num_steps=[len(steps) for steps in levels],
+        hidden_channels=len(first["coupling.net.conv1.weight"]),
         scale="sigmoid",
+        scale_bias=[options.get("coupling_bias", 0.0)] * but_last + [float(options.get("last_zeros", False))],
+        contiguous_squeeze=[bool(options.get("squeeze_contig", False))] * but_last + [False],
     )
     initialized = {k: torch.tensor(True) for k in glow.state_dict() if k.endswith("initialized")}
     load_state(glow, renamed | initialized, source)

@@ -1,106 +1,153 @@
-"""The invertible layers of Glow. Each maps x -> (y, log_det) by `forward` and y -> (x, log_det) by `inverse`,
-with log_det[b] = log |det ∂output/∂input| of image b, in nats."""
+"""The invertible layers of Glow, of images (B, C, H, W): ``forward`` gives (y, log_det), ``inverse`` goes
+back.
 
+log_det (B,) is ``log |det ∂output/∂input|`` of each image in nats, summed in float32 at least."""
+
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+Mapped = tuple[Tensor, Tensor | None]  # what a layer makes of its input, and log_det
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """What is summed over pixels in: float32, as 16 bits overflow, or float64 where x has that."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class Squeeze(nn.Module):
-    """Moves each 2x2 block of pixels into channels: (B, C, H, W) -> (B, 4C, H/2, W/2), order (c, row, column)."""
+    """Moves each 2x2 block of pixels into channels, in the order (c, row, column).
 
-    def forward(self, x):
-        return F.pixel_unshuffle(x, 2)
+    contiguous: cuts each channel into four bands of rows instead, an option of GlowIP."""
 
-    def inverse(self, y):
-        return F.pixel_shuffle(y, 2)
+    def __init__(self, contiguous: bool = False) -> None:
+        super().__init__()
+        self.contiguous = contiguous
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, 4C, H/2, W/2)."""
+        b, c, h, w = x.shape
+        bands = self.contiguous or not b  # pixel_unshuffle leaves an empty batch as it is
+        return x.reshape(b, 4 * c, h // 2, w // 2) if bands else F.pixel_unshuffle(x, 2)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """(B, 4C, H/2, W/2) -> (B, C, H, W)."""
+        b, c, h, w = y.shape
+        bands = self.contiguous or not b
+        return y.reshape(b, c // 4, 2 * h, 2 * w) if bands else F.pixel_shuffle(y, 2)
 
 
 class Split(nn.Module):
     """Sends the first half of the channels on and keeps the second half as a latent."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> what goes on and the latent, (B, C/2, H, W) both."""
         return x.chunk(2, dim=1)
 
-    def inverse(self, x, latent):
+    def inverse(self, x: Tensor, latent: Tensor) -> Tensor:
+        """The two halves joined again."""
         return torch.cat([x, latent], dim=1)
 
 
 class ActNorm(nn.Module):
     """Affine map per channel, y = (x + bias) exp(log_scale) (Kingma & Dhariwal 2018, section 3.1).
 
-    `initialize(x)` sets it so that the batch x (B, C, H, W) leaves with mean 0 and variance 1 per channel;
-    nothing else ever does. Raises ValueError where a channel of x is constant or not finite."""
+    It starts as the identity of this number of channels; only `initialize` sets it from data."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.tensor(False))
 
     @torch.no_grad()
-    def initialize(self, x):
+    def initialize(self, x: Tensor) -> None:
+        """Makes the batch x (B, C, H, W) leave with mean 0 and variance 1 per channel.
+
+        Raises ValueError where a channel of x is constant or not finite."""
         std, mean = torch.std_mean(x, dim=(0, 2, 3))
-        if not bool(torch.isfinite(std).all()) or float(std.min()) < 1e-6:
-            raise ValueError(
-                f"ActNorm cannot be initialised: channel {int(torch.nan_to_num(std, nan=-1.0).argmin())} of this batch of "
-                f"{x.shape[0]} has standard deviation {float(std.min()):.3g}; pass a larger batch of varied, finite images"
-            )
+        worst = int(torch.nan_to_num(std, nan=-1.0, posinf=-1.0).argmin())
+        if not 1e-6 <= float(std[worst]) < float("inf"):
+            what = f"channel {worst} of a batch of {len(x)} has standard deviation {float(std[worst]):.3g}"
+            raise ValueError(f"ActNorm cannot be set from this: {what}; pass a larger batch of varied images")
         self.bias.copy_(-mean)
         self.log_scale.copy_(-std.log())
         self.initialized.fill_(True)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x -> (y, log_det)."""
         y = (x + self.bias[:, None, None]) * self.log_scale.exp()[:, None, None]
-        return y, self.log_scale.sum() * x[0, 0].numel() * x.new_ones(len(x))
+        return y, _over_pixels(self.log_scale.sum(dtype=sum_dtype(x)), x)
 
-    def inverse(self, y):
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y -> (x, log_det)."""
         x = y * (-self.log_scale).exp()[:, None, None] - self.bias[:, None, None]
-        return x, -self.log_scale.sum() * y[0, 0].numel() * y.new_ones(len(y))
+        return x, _over_pixels(-self.log_scale.sum(dtype=sum_dtype(y)), y)
 
 
 class InvConv1x1(nn.Module):
-    """Invertible 1x1 convolution y = W x at every pixel; W (C, C) starts as a random rotation.
+    """Invertible 1x1 convolution y = W x at every pixel (Kingma & Dhariwal 2018, section 3.2).
 
-    The inverse and log |det W| are computed in float64, then cast; nothing is kept, so nothing can go stale."""
+    W (channels, channels) starts as a random rotation; float64 serves its inverse and determinant."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0].contiguous())
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x -> (y, log_det)."""
         y = pixelwise(x, self.weight, x.new_zeros(len(self.weight), 1))
-        return y, log_abs_det(self.weight) * x[0, 0].numel() * x.new_ones(len(x))
+        return y, _over_pixels(log_abs_det(self.weight), x)
 
-    def inverse(self, y):
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y -> (x, log_det); warns once where W is nearly singular."""
         x = pixelwise(y, inverse_matrix(self.weight), y.new_zeros(len(self.weight), 1))
-        return x, -log_abs_det(self.weight) * y[0, 0].numel() * y.new_ones(len(y))
+        return x, _over_pixels(-log_abs_det(self.weight), y)
 
 
-def inverse_matrix(weight):
-    return torch.linalg.inv_ex(weight.double()).inverse.to(weight.dtype)  # inv would wait for a GPU
+def _over_pixels(log_det, x):
+    return (log_det * x.shape[2:].numel()).repeat(len(x))
 
 
-def log_abs_det(weight):
-    return torch.linalg.slogdet(weight.double()).logabsdet.to(weight.dtype)
+def as_double(x: Tensor) -> Tensor:
+    """x in float64, or in float32 on a device that has no float64."""
+    try:
+        return x.double()
+    except (TypeError, RuntimeError):
+        return x.float()
 
 
-def pixelwise(x, weight, bias):
-    """weight (C, C) x + bias (C, 1) at every pixel, (B, C, H, W) twice: a 1x1 convolution as a matrix product, which is faster
-    with few channels."""
+def inverse_matrix(weight: Tensor) -> Tensor:
+    """The inverse of matrices (..., C, C). On a CPU, warns where it may be off by a tenth of its input."""
+    inverse = torch.linalg.inv_ex(as_double(weight)).inverse  # inv would wait for a GPU
+    if weight.device.type == "cpu" and not _transformed(weight):
+        sizes = [torch.linalg.matrix_norm(m.detach()) for m in (weight.to(inverse), inverse)]
+        if not bool((sizes[0] * sizes[1] < 0.1 / torch.finfo(weight.dtype).eps).all()):
+            warnings.warn("a 1x1 convolution is nearly singular: what it inverts is noise", stacklevel=2)
+    return inverse.to(weight.dtype)
+
+
+def log_abs_det(weight: Tensor) -> Tensor:
+    """``log |det|`` of matrices (..., C, C)."""
+    return torch.linalg.slogdet(as_double(weight)).logabsdet.to(sum_dtype(weight))
+
+
+def pixelwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """weight (C, C) x + bias (C, 1) at every pixel: a matrix product is faster here than a convolution."""
     return torch.baddbmm(bias, weight.expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 class CouplingNet(nn.Module):
-    """NN of the affine coupling: conv 3x3, conv 1x1, conv 3x3, with an ActNorm and a ReLU after the first two.
+    """NN of the affine coupling: convolutions 3x3, 1x1, 3x3; an ActNorm and a ReLU after the first two.
 
-    (B, in, H, W) -> (B, out, H, W). The ActNorms are folded into their convolutions, so a forward is three
-    convolutions; the last is multiplied by exp(3 log_scale) and starts at zero, which makes a fresh flow linear.
-    `compute_dtype` (None: that of the weights) may be torch.bfloat16: weights stay as they are and are cast here."""
+    (B, in_channels, H, W) -> (B, out_channels, H, W), with hidden_channels between. The last is multiplied by
+    exp(3 log_scale) and starts at zero, which makes a fresh flow linear. `compute_dtype` (None: that of the
+    weights) may be torch.bfloat16: weights stay as they are and are cast."""
 
-    def __init__(self, in_channels, hidden_channels, out_channels):
+    def __init__(self, in_channels: int, hidden_channels: int, out_channels: int) -> None:
         super().__init__()
         self.compute_dtype = None
         self.conv1 = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
@@ -115,21 +162,22 @@ class CouplingNet(nn.Module):
         nn.init.zeros_(self.conv3.weight)
         nn.init.zeros_(self.conv3.bias)
 
-    def initialize(self, x):
+    def initialize(self, x: Tensor) -> None:
+        """Sets both ActNorms from a batch (B, in_channels, H, W)."""
         h = self.conv1(x)
         self.actnorm1.initialize(h)
         h = self.conv2(self.actnorm1(h)[0].relu())
         self.actnorm2.initialize(h)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
         return convolve(x, fold_nets([self])[0])
 
 
-def fold_nets(nets, divisor=None):
-    """For each of these CouplingNets of one shape, (weight, bias) of its three convolutions with the ActNorms and the last
-    one's scale folded in, as they are computed with. divisor (out,): what the outputs are to be divided by.
-
-    What is small is folded for all nets at once: with few channels, the number of operations is what costs."""
+def fold_nets(nets: list[CouplingNet], divisor: Tensor | None = None) -> list[tuple]:
+    """For each of these nets of one shape, (weight, bias) of its three convolutions, with the ActNorms and
+    the last one's scale folded in. divisor (out_channels,): what the outputs are to be divided by. What is
+    small is folded for all nets at once: with few channels, the number of operations is what costs."""
     dtype = nets[0].compute_dtype or nets[0].log_scale.dtype
     folded = []
     for i in (1, 2, 3):
@@ -142,40 +190,39 @@ def fold_nets(nets, divisor=None):
         else:
             scale = (3 * torch.stack([net.log_scale for net in nets])).exp()
             scale = scale if divisor is None else scale / divisor
-        weights = [(conv.weight * s[:, None, None, None]).to(dtype, memory_format=torch.channels_last) for conv, s in zip(convs, scale)]
+        weights = (_channels_last(c.weight * s[:, None, None, None], dtype) for c, s in zip(convs, scale))
         folded.append(zip(weights, (bias * scale).to(dtype).unbind()))
     return list(zip(*folded))
 
 
-def convolve(x, convs):
+def convolve(x: Tensor, convs: tuple) -> Tensor:
     """What a CouplingNet computes, from its folded convolutions."""
     (weight1, bias1), (weight2, bias2), (weight3, bias3) = convs
-    h = x.to(weight1.dtype, memory_format=torch.channels_last)
+    h = _channels_last(x, weight1.dtype)
     h = _conv_relu(h, weight1, bias1, padding=1)
     h = _conv_relu(h, weight2, bias2, padding=0)
     h = F.conv2d(h, weight3, bias3, padding=1)
-    return h.to(x.dtype, memory_format=torch.contiguous_format)  # affine maps are faster channel by channel
+    return h.to(x.dtype).contiguous()  # affine maps are faster channel by channel
+
+
+def _channels_last(x, dtype):
+    """As convolutions are fastest; vmap knows no such layout."""
+    return x.to(dtype) if _transformed(x) else x.to(dtype, memory_format=torch.channels_last)
+
+
+def _transformed(x):
+    """Whether torch.func or forward-mode differentiation is at work, for which not all operations serve."""
+    tangent = torch.autograd.forward_ad.unpack_dual(x).tangent
+    return tangent is not None or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _conv_relu(h, weight, bias, padding):
-    if _fused_relu_serves(h):
+    served = h.device.type == "cpu" and h.dtype in (torch.float32, torch.bfloat16) and not _transformed(h)
+    if served and not torch.is_grad_enabled() and hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         # The ReLU is done while the result is still in the cache: a quarter of the time in bfloat16.
         rest = ([padding] * 2, [1, 1], [1, 1], 1, "relu", [], "")
         return torch.ops.mkldnn._convolution_pointwise(h, weight, bias, *rest)
     return F.conv2d(h, weight, bias, padding=padding).relu_()
-
-
-def _fused_relu_serves(h):
-    """Whether PyTorch's private fused operation is there and may be used: it has no derivative and no batching rule."""
-    return (
-        not torch.is_grad_enabled()
-        and h.device.type == "cpu"
-        and h.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad.unpack_dual(h).tangent is None
-    )
 
 
 SCALE_RULES = ("tanh", "sigmoid", "exp")
@@ -184,58 +231,108 @@ SCALE_RULES = ("tanh", "sigmoid", "exp")
 class AffineCoupling(nn.Module):
     """y_a = s x_a + t, y_b = x_b with (log s, t) = NN(x_b), equation (13); log_det = Σ log s.
 
-    scale: "tanh", log s = c tanh(raw / c) with c = max_log_scale, bounded so that inverting stays well conditioned far from
-    the data; "exp", log s = raw, as the paper prints it; "sigmoid", s = sigmoid(raw + 2), as the reference code has it."""
+    channels: of x; hidden_channels: of NN. scale: "tanh", log s = c tanh(raw / c) with c = max_log_scale,
+    bounded so that inverting stays well conditioned far from the data; "exp", log s = raw, as the paper
+    prints it; "sigmoid", s = sigmoid(raw + 2) + scale_bias, as the reference code has it. Raises ValueError
+    for another."""
 
-    def __init__(self, channels, hidden_channels, scale="tanh", max_log_scale=1.0):
+    def __init__(
+        self,
+        channels: int,
+        hidden_channels: int,
+        scale: str = "tanh",
+        max_log_scale: float = 1.0,
+        scale_bias: float = 0.0,
+    ) -> None:
         super().__init__()
         if scale not in SCALE_RULES:
             raise ValueError(f"unknown scale rule {scale!r}; choose one of {', '.join(SCALE_RULES)}")
-        self.scale, self.max_log_scale = scale, max_log_scale
+        if scale_bias and scale != "sigmoid":
+            raise ValueError(f"scale_bias goes with sigmoid, not with {scale!r}")
+        self.scale, self.max_log_scale, self.scale_bias = scale, max_log_scale, scale_bias
         self.net = CouplingNet(channels // 2, hidden_channels, channels)
         # tanh wants its argument divided by the bound: every other output of the net.
         divisor = torch.tensor([max_log_scale, 1.0]).repeat(channels // 2) if scale == "tanh" else None
         self.register_buffer("divisor", divisor, persistent=False)
 
-    def log_scale_and_shift(self, x_b, convs=None):
-        """(log s, t), each (B, C/2, H, W), of the half that passes unchanged. convs: the net's, folded (fold_nets)."""
+    def log_scale_and_shift(self, x_b: Tensor, convs: tuple | None = None) -> tuple[Tensor, Tensor]:
+        """(log s, t), each (B, C/2, H, W), of the half that passes unchanged. convs: the net's, folded."""
         convs = convs or fold_nets([self.net], self.divisor)[0]
         raw, t = convolve(x_b, convs).unflatten(1, (-1, 2)).unbind(2)
         if self.scale == "tanh":
             return self.max_log_scale * raw.tanh(), t
-        return (F.logsigmoid(raw + 2) if self.scale == "sigmoid" else raw), t
+        if self.scale == "sigmoid":
+            raw = (raw.add(2).sigmoid() + self.scale_bias).log() if self.scale_bias else F.logsigmoid(raw + 2)
+        return raw, t
 
-    def forward(self, x, convs=None, log_det=True):
+    def forward(self, x: Tensor, convs: tuple | None = None, log_det: bool = True) -> Mapped:
+        """x -> (y, log_det or None)."""
         x_a, x_b = x.chunk(2, dim=1)
         log_s, t = self.log_scale_and_shift(x_b, convs)
         y = torch.cat([x_a * log_s.exp() + t, x_b], dim=1)
-        return y, log_s.sum(dim=(1, 2, 3)) if log_det else None
+        return y, log_s.sum(dim=(1, 2, 3), dtype=sum_dtype(x)) if log_det else None
 
-    def inverse(self, y, convs=None, log_det=True):
+    def inverse(self, y: Tensor, convs: tuple | None = None, log_det: bool = True) -> Mapped:
+        """y -> (x, log_det or None)."""
         y_a, y_b = y.chunk(2, dim=1)
         log_s, t = self.log_scale_and_shift(y_b, convs)
         x = torch.cat([(y_a - t) * (-log_s).exp(), y_b], dim=1)
-        return x, -log_s.sum(dim=(1, 2, 3)) if log_det else None
+        return x, -log_s.sum(dim=(1, 2, 3), dtype=sum_dtype(y)) if log_det else None
 
 
 class Folded(NamedTuple):
-    """A FlowStep as it is computed with: the ActNorm and the 1x1 convolution as one affine map of the channels, `linear`, its
-    inverse and its log_det a pixel (each None where it is not asked for), and the coupling net's convolutions."""
+    """A FlowStep as it is computed with: ActNorm and 1x1 convolution as one affine map, its inverse, its
+    log_det a pixel (each None where it is not asked for), and the coupling net's convolutions."""
 
     linear: tuple | None
     inverse_linear: tuple | None
-    log_det: torch.Tensor | None
+    log_det: Tensor | None
     convs: tuple
 
 
-def fold(steps, forward=True, inverse=True, log_det=True):
-    """[Folded] of a chain of FlowSteps of one shape. Nothing is kept from one call to the next, so nothing goes stale: who
-    runs a chain several times with the same weights folds once and passes it on."""
+class FlowStep(nn.Module):
+    """One step of Glow: ActNorm, invertible 1x1 convolution, affine coupling; the first two are applied as
+    one.
+
+    channels, hidden_channels, rule: the arguments of AffineCoupling. folded: what fold() made of this step,
+    where it serves several calls. Without log_det, None stands for it."""
+
+    def __init__(self, channels: int, hidden_channels: int, **rule: str | float) -> None:
+        super().__init__()
+        self.actnorm = ActNorm(channels)
+        self.invconv = InvConv1x1(channels)
+        self.coupling = AffineCoupling(channels, hidden_channels, **rule)
+
+    def initialize(self, x: Tensor) -> Tensor:
+        """Sets the ActNorms from a batch x (B, C, H, W); returns what the step makes of it."""
+        self.actnorm.initialize(x)
+        h = self.invconv(self.actnorm(x)[0])[0]
+        self.coupling.net.initialize(h.chunk(2, dim=1)[1])
+        return self.coupling(h)[0]
+
+    def forward(self, x: Tensor, folded: Folded | None = None, log_det: bool = True) -> Mapped:
+        """x -> (y, log_det or None)."""
+        folded = folded or fold([self], inverse=False, log_det=log_det)[0]
+        y, coupling_log_det = self.coupling(pixelwise(x, *folded.linear), folded.convs, log_det)
+        return y, coupling_log_det + folded.log_det * x.shape[2:].numel() if log_det else None
+
+    def inverse(self, y: Tensor, folded: Folded | None = None, log_det: bool = True) -> Mapped:
+        """y -> (x, log_det or None)."""
+        folded = folded or fold([self], forward=False, log_det=log_det)[0]
+        h, coupling_log_det = self.coupling.inverse(y, folded.convs, log_det)
+        x = pixelwise(h, *folded.inverse_linear)
+        return x, coupling_log_det - folded.log_det * y.shape[2:].numel() if log_det else None
+
+
+def fold(
+    steps: list[FlowStep], forward: bool = True, inverse: bool = True, log_det: bool = True
+) -> list[Folded]:
+    """One Folded for each of a chain of FlowSteps of one shape. Nothing is kept from one call to the next:
+    who runs a chain several times with the same weights folds once and passes it on."""
     log_scale = torch.stack([step.actnorm.log_scale for step in steps])
     bias = torch.stack([step.actnorm.bias for step in steps])
     weight = torch.stack([step.invconv.weight for step in steps])
-    absent = [None] * len(steps)
-    linear, inverse_linear, log_dets = absent, absent, absent
+    linear = inverse_linear = log_dets = [None] * len(steps)
     if forward:
         scaled = weight * log_scale.exp()[:, None, :]
         linear = zip(scaled.unbind(), (scaled @ bias[:, :, None]).unbind())
@@ -243,36 +340,6 @@ def fold(steps, forward=True, inverse=True, log_det=True):
         scaled = inverse_matrix(weight) * (-log_scale).exp()[:, :, None]
         inverse_linear = zip(scaled.unbind(), (-bias[:, :, None]).unbind())
     if log_det:
-        log_dets = (log_scale.sum(1) + log_abs_det(weight)).unbind()
+        log_dets = (log_scale.sum(1, dtype=sum_dtype(weight)) + log_abs_det(weight)).unbind()
     convs = fold_nets([step.coupling.net for step in steps], steps[0].coupling.divisor)
     return list(map(Folded, linear, inverse_linear, log_dets, convs))
-
-
-class FlowStep(nn.Module):
-    """One step of Glow: ActNorm, invertible 1x1 convolution, affine coupling; (B, C, H, W) -> (B, C, H, W).
-
-    The first two are applied as one. folded: what fold() made of this step, where it serves several calls; without log_det,
-    None stands for it: solvers do not need it."""
-
-    def __init__(self, channels, hidden_channels, scale="tanh", max_log_scale=1.0):
-        super().__init__()
-        self.actnorm = ActNorm(channels)
-        self.invconv = InvConv1x1(channels)
-        self.coupling = AffineCoupling(channels, hidden_channels, scale, max_log_scale)
-
-    def initialize(self, x):
-        self.actnorm.initialize(x)
-        h = self.invconv(self.actnorm(x)[0])[0]
-        self.coupling.net.initialize(h.chunk(2, dim=1)[1])
-        return self.coupling(h)[0]
-
-    def forward(self, x, folded=None, log_det=True):
-        folded = folded or fold([self], inverse=False, log_det=log_det)[0]
-        y, coupling_log_det = self.coupling(pixelwise(x, *folded.linear), folded.convs, log_det)
-        return y, coupling_log_det + folded.log_det * x[0, 0].numel() if log_det else None
-
-    def inverse(self, y, folded=None, log_det=True):
-        folded = folded or fold([self], forward=False, log_det=log_det)[0]
-        h, coupling_log_det = self.coupling.inverse(y, folded.convs, log_det)
-        x = pixelwise(h, *folded.inverse_linear)
-        return x, coupling_log_det - folded.log_det * y[0, 0].numel() if log_det else None

@@ -3,28 +3,30 @@
 import torch
 from torch import Tensor
 
+from flowlib.layers import as_double, sum_dtype
+
 
 def psnr(x_hat: Tensor, x: Tensor, peak: float = 1.0) -> Tensor:
-    """Peak signal-to-noise ratio 10 log10(peak² / MSE) of each image, in dB, unclipped: (B, C, H, W) twice -> (B,).
-
-    The mean is taken in float32 at least. Raises ValueError where the shapes differ."""
+    """Peak signal-to-noise ratio 10 log10(peak² / MSE) of each image, in dB, unclipped: (B, C, H, W) twice ->
+    (B,). The mean is taken in float32 at least. Raises ValueError where the shapes differ."""
     _check(x_hat, x)
-    error = (x_hat - x).to(torch.promote_types(x.dtype, torch.float32))
+    error = (x_hat - x).to(sum_dtype(x))
     return 10 * torch.log10(peak**2 / error.square().mean(dim=(1, 2, 3)))
 
 
 def ssim(x_hat: Tensor, x: Tensor, peak: float = 1.0) -> Tensor:
-    """Structural similarity of each image (scikit-image, Gaussian window as Wang et al. 2004): (B, C, H, W) twice -> (B,).
-
-    Raises ValueError where the shapes differ."""
+    """Structural similarity of each image (scikit-image, Gaussian window as Wang et al. 2004), of values in a
+    range of peak: (B, C, H, W) twice -> (B,). Raises ValueError where the shapes differ."""
     from skimage.metrics import structural_similarity  # here, as nothing else needs scikit-image
 
     _check(x_hat, x)
-    options = dict(channel_axis=0, data_range=peak, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-    pairs = zip(x_hat.detach().double().cpu().numpy(), x.detach().double().cpu().numpy())
+    options = dict(
+        channel_axis=0, data_range=peak, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+    pairs = zip(*(as_double(t.detach().cpu()).numpy() for t in (x_hat, x)))
     return torch.tensor([structural_similarity(a, b, **options) for a, b in pairs])
 
 
 def _check(x_hat, x):
     if x_hat.shape != x.shape or x.ndim != 4:
-        raise ValueError(f"expected two tensors (B, C, H, W) of one shape, got {tuple(x_hat.shape)} and {tuple(x.shape)}")
+        raise ValueError(f"expected two (B, C, H, W) of one shape, got {(*x_hat.shape,)} and {(*x.shape,)}")

@@ -1,77 +1,90 @@
 """Linear measurement operators y = A x + noise, equation (1). All map (B, C, H, W) -> (B, C, H, W)."""
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from flowlib.images import Size, height_and_width
+from flowlib.layers import as_double
 
 
 class LinearOperator(nn.Module):
     """Base of all operators: subclasses give `A(x)` and `A_adjoint(y)`, with <A x, y> = <x, A_adjoint y>.
 
-    sigma: standard deviation of the measurement noise, on the scale of the image (range 1)."""
+    sigma: standard deviation of the measurement noise, on the scale of the image (range 1). `second @ first`
+    composes. Raises ValueError for a negative sigma, and for images of integers."""
 
-    def __init__(self, sigma=0.0):
+    def __init__(self, sigma: float = 0.0) -> None:
         super().__init__()
         if not sigma >= 0:
             raise ValueError(f"the noise level sigma must be >= 0, got {sigma}")
         self.sigma = sigma
 
-    def A(self, x):
+    def A(self, x: Tensor) -> Tensor:
+        """A x."""
         raise NotImplementedError
 
-    def A_adjoint(self, y):
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        """Aᵀ y."""
         raise NotImplementedError
 
-    def noise(self, y, generator=None):
+    def noise(self, y: Tensor, generator: Generator | None = None) -> Tensor:
         """Gaussian noise of standard deviation sigma, of y's shape, drawn with the generator."""
         return self.sigma * torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
 
-    def measure(self, x, generator=None):
-        """y = A x + noise."""
-        y = self.A(x)
+    def measure(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        """y = A x + noise, the noise drawn with the generator."""
+        y = self.A(_floating(x))
         return y + self.noise(y, generator) if self.sigma else y
 
-    def __matmul__(self, first):
+    def __matmul__(self, first: "LinearOperator") -> "Composition":
         return Composition(self, first)
+
+
+def _floating(x):
+    if not x.is_floating_point():
+        raise ValueError(f"expected floating-point images, got {x.dtype}: see flowlib.images.to_tensor")
+    return x
 
 
 class Composition(LinearOperator):
     """second @ first: A x = A_second(A_first(x)); the noise is that of the second operator."""
 
-    def __init__(self, second, first):
+    def __init__(self, second: LinearOperator, first: LinearOperator) -> None:
         super().__init__(second.sigma)
         self.second, self.first = second, first
 
-    def A(self, x):
+    def A(self, x: Tensor) -> Tensor:
         return self.second.A(self.first.A(x))
 
-    def A_adjoint(self, y):
+    def A_adjoint(self, y: Tensor) -> Tensor:
         return self.first.A_adjoint(self.second.A_adjoint(y))
 
-    def noise(self, y, generator=None):
+    def noise(self, y: Tensor, generator: Generator | None = None) -> Tensor:
         return self.second.noise(y, generator)
 
 
 class Denoising(LinearOperator):
-    """A is the identity; everything to undo is the noise."""
+    """A is the identity; everything to undo is the noise, of standard deviation sigma."""
 
-    def __init__(self, sigma=0.2):
+    def __init__(self, sigma: float = 0.2) -> None:
         super().__init__(sigma)
 
-    def A(self, x):
-        return x
+    def A(self, x: Tensor) -> Tensor:
+        return _floating(x)
 
-    def A_adjoint(self, y):
-        return y
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        return _floating(y)
 
 
 class Inpainting(LinearOperator):
     """Blocks the centre mask_size x mask_size pixels of images of size image_size (one number, or (H, W)).
 
-    `Inpainting.from_mask(mask)` takes any binary mask (H, W) or (1 or C, H, W): 1 where a pixel is measured.
-    Noise, if any, falls on measured pixels only. Raises ValueError where the mask is not binary or does not fit."""
+    Noise of standard deviation sigma falls on measured pixels only. Raises ValueError where the mask is not
+    binary or does not fit the images."""
 
-    def __init__(self, mask_size=19, image_size=64, sigma=0.0):
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    def __init__(self, mask_size: int = 19, image_size: Size = 64, sigma: float = 0.0) -> None:
+        height, width = height_and_width(image_size)
         if not 0 < mask_size <= min(height, width):
             raise ValueError(f"mask_size {mask_size} does not fit an image of {height}x{width}")
         mask = torch.ones(height, width)
@@ -80,7 +93,9 @@ class Inpainting(LinearOperator):
         self._set(mask, sigma)
 
     @classmethod
-    def from_mask(cls, mask, sigma=0.0):
+    def from_mask(cls, mask: Tensor, sigma: float = 0.0) -> "Inpainting":
+        """Of any binary mask (H, W), (1 or C, H, W) or (B or 1, 1 or C, H, W): 1 where a pixel is
+        measured."""
         operator = cls.__new__(cls)
         operator._set(mask, sigma)
         return operator
@@ -89,64 +104,70 @@ class Inpainting(LinearOperator):
         super().__init__(sigma)
         mask = torch.as_tensor(mask)
         if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError("the mask must be binary: 1 (or True) where a pixel is measured, 0 where it is blocked")
+            raise ValueError("the mask must be binary: 1 where a pixel is measured, 0 where it is blocked")
         self.register_buffer("mask", mask.float())
 
-    def A(self, x):
-        if x.shape[-2:] != self.mask.shape[-2:]:
-            raise ValueError(f"images of {tuple(x.shape[-2:])} do not fit the mask of {tuple(self.mask.shape[-2:])}")
-        return x * self.mask.to(x.dtype)
+    def A(self, x: Tensor) -> Tensor:
+        missing = x.ndim - self.mask.ndim
+        fits = missing >= 0 and all(m in (1, n) for m, n in zip(self.mask.shape, x.shape[missing:]))
+        if not fits or x.shape[-2:] != self.mask.shape[-2:]:
+            raise ValueError(
+                f"images of shape {tuple(x.shape)} do not fit the mask of {tuple(self.mask.shape)}"
+            )
+        return _floating(x) * self.mask.to(x.dtype)
 
-    def A_adjoint(self, y):
+    def A_adjoint(self, y: Tensor) -> Tensor:
         return self.A(y)
 
-    def noise(self, y, generator=None):
+    def noise(self, y: Tensor, generator: Generator | None = None) -> Tensor:
         return self.A(super().noise(y, generator))
 
 
 class Blur(LinearOperator):
     """Convolution with a truncated, normalised Gaussian of standard deviation sigma_b pixels.
 
-    kernel_size: odd number of taps a side; the paper gives none, and 3 is what fits its numbers (notebooks/11_blur).
-    boundary: what lies outside the image: "circular" (it repeats), "zero", or "reflect" (mirrored about the centre of the
-    edge pixel). The Gaussian is separable, so A x = B_H x B_W^T with one small band matrix B for each axis; the adjoint is
-    exact for every boundary: B_H^T y B_W.
+    kernel_size: odd number of taps a side; the paper gives none, and 3 is what fits its numbers (notebook
+    "blur"). boundary: what lies outside the image: "circular" (it repeats), "zero", or "reflect" (mirrored
+    about the centre of the edge pixel). sigma: of the noise. The Gaussian is separable, so A x = B_H x B_Wᵀ
+    with one small band matrix B for each axis; the adjoint is exact for every boundary. Raises ValueError for
+    an even kernel, a sigma_b that is not positive, an unknown boundary, or a kernel that reaches further than
+    the image."""
 
-    Raises ValueError for an even kernel, an unknown boundary, or a kernel that reaches further than the image."""
+    BOUNDARIES = {"circular": "circular", "zero": "constant", "reflect": "reflect"}
 
-    BOUNDARIES = ("circular", "zero", "reflect")
-
-    def __init__(self, sigma_b=5.0, kernel_size=3, boundary="circular", sigma=0.0):
+    def __init__(
+        self, sigma_b: float = 5.0, kernel_size: int = 3, boundary: str = "circular", sigma: float = 0.0
+    ) -> None:
         super().__init__(sigma)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        if not sigma_b > 0:
+            raise ValueError(f"the blur's standard deviation sigma_b must be positive, got {sigma_b}")
         if boundary not in self.BOUNDARIES:
             raise ValueError(f"unknown boundary {boundary!r}; choose one of {', '.join(self.BOUNDARIES)}")
         self.boundary = boundary
-        offsets = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
+        offsets = as_double(torch.arange(kernel_size) - kernel_size // 2)
         kernel = torch.exp(-0.5 * (offsets / sigma_b) ** 2)
         self.register_buffer("kernel", kernel / kernel.sum())
 
-    def matrix(self, size, like):
-        """The blur along one axis as a matrix (size, size)."""
-        radius = len(self.kernel) // 2
-        if radius >= size:
-            raise ValueError(f"a kernel of {len(self.kernel)} pixels reaches beyond an image side of {size} pixels")
-        row = torch.arange(size, device=self.kernel.device)[:, None].expand(size, len(self.kernel))
-        column = row + torch.arange(-radius, radius + 1, device=self.kernel.device)
-        value = self.kernel.expand(size, -1)
-        if self.boundary == "circular":
-            column = column % size
-        elif self.boundary == "reflect":
-            column = (size - 1) - ((size - 1) - column.abs()).abs()
-        else:
-            value = value * ((column >= 0) & (column < size))
-            column = column.clamp(0, size - 1)
-        matrix = self.kernel.new_zeros(size, size).index_put_((row, column), value, accumulate=True)
-        return matrix.to(like)
+    def _apply(self, fn, recurse=True):
+        try:
+            return super()._apply(fn, recurse)
+        except TypeError:  # a device without float64
+            self.kernel = self.kernel.float()
+            return super()._apply(fn, recurse)
 
-    def A(self, x):
+    def matrix(self, size: int, like: Tensor) -> Tensor:
+        """The blur along one axis as a matrix (size, size), with the type and on the device of `like`."""
+        taps, radius = len(self.kernel), len(self.kernel) // 2
+        if radius >= size:
+            raise ValueError(f"a kernel of {taps} pixels reaches beyond an image side of {size} pixels")
+        impulses = torch.eye(size, dtype=self.kernel.dtype, device=self.kernel.device)[None]
+        padded = F.pad(impulses, (radius, radius), mode=self.BOUNDARIES[self.boundary])[0]
+        return (padded.unfold(1, taps, 1) @ self.kernel).T.contiguous().to(_floating(like))
+
+    def A(self, x: Tensor) -> Tensor:
         return self.matrix(x.shape[-2], x) @ x @ self.matrix(x.shape[-1], x).T
 
-    def A_adjoint(self, y):
+    def A_adjoint(self, y: Tensor) -> Tensor:
         return self.matrix(y.shape[-2], y).T @ y @ self.matrix(y.shape[-1], y)

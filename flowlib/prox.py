@@ -1,70 +1,82 @@
-"""Proximal mappings: networks that map an image to a more plausible one, prox(x, shrinkage) -> image, (B, C, H, W) both."""
+"""Proximal mappings: networks that map an image to a more plausible one, (B, C, H, W) both."""
 
-import contextlib
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from flowlib.glow import Glow
 
 
-class GlowProx(nn.Module):
-    """Shrinkage in the latent space of a flow: x -> f^-1(f(x) / (1 + shrinkage)), equations (9)-(11)."""
+class Prox(nn.Module):
+    """What a solver asks of a proximal mapping. Any module with such a `forward` will do; to be saved, it
+    also needs `config`, a JSON-able dict, and `from_config`, and its class must lie in a module that can be
+    imported.
+
+    uses_shrinkage: whether the solver learns a λ for it; else `forward` may get None. config: arguments of
+    the class."""
+
+    uses_shrinkage: bool = False
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Prox":
+        """A new one, with the sizes of the one whose config this is."""
+        return cls(**config)
+
+    def forward(self, x: Tensor, shrinkage: Tensor | None = None) -> Tensor:
+        """An image more plausible than x, (B, C, H, W) both; shrinkage: λ of the fold."""
+        raise NotImplementedError
+
+
+class GlowProx(Prox):
+    """Shrinkage in the latent space of a flow: x -> glow.inverse(glow(x) / (1 + shrinkage)), equations
+    (9)-(11)."""
 
     uses_shrinkage = True
 
-    def __init__(self, glow):
-        super().__init__()
+    def __init__(self, glow: Glow) -> None:
+        super().__init__(**glow.config)
         self.glow = glow
-        self.config = glow.config
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "GlowProx":
         return cls(Glow(**config))
 
-    def forward(self, x, shrinkage):
+    def forward(self, x: Tensor, shrinkage: Tensor) -> Tensor:
         folded = self.glow.fold(log_det=False)
         latents, _ = self.glow(x, folded, log_det=False)
         return self.glow.inverse([z / (1 + shrinkage) for z in latents], folded, log_det=False)[0]
 
 
-class _ImageNet(nn.Module):
+class _ImageNet(Prox):
     """What U-Net and ResNet share: no shrinkage, and an optional lower precision (`compute_dtype`)."""
 
-    uses_shrinkage = False
+    compute_dtype = None
 
-    def __init__(self, **config):
-        super().__init__()
-        self.config = config
-        self.compute_dtype = None
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
-    def forward(self, x, shrinkage=None):
-        cast = torch.autocast(x.device.type, self.compute_dtype) if self.compute_dtype else contextlib.nullcontext()
+    def forward(self, x: Tensor, shrinkage: Tensor | None = None) -> Tensor:
+        cast = torch.autocast(x.device.type, self.compute_dtype) if self.compute_dtype else nullcontext()
         with cast:
-            y = self._net(x.contiguous(memory_format=torch.channels_last))
-        return y.to(x.dtype)
+            return self._net(x.contiguous(memory_format=torch.channels_last)).to(x.dtype)
 
 
 def _conv_bn_relu(in_channels, out_channels, bias):
-    return [
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    ]
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
+    return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
 class UNetProx(_ImageNet):
-    """The standard U-Net (Ronneberger et al. 2015): width, 2, 4, 8, 16 x width channels over four down-samplings.
+    """The standard U-Net (Ronneberger et al. 2015): width, 2, 4, 8, 16 x width channels over four
+    down-samplings. width 64 with in_channels 3 has 31,037,763 parameters, the paper's 31.04 M. Raises
+    ValueError where H or W is not divisible by 16."""
 
-    width 64 has 31,037,763 parameters, the paper's 31.04 M. H and W must be divisible by 16 (ValueError)."""
-
-    def __init__(self, width=64, in_channels=3):
-        super().__init__(width=width, in_channels=in_channels)
+    def __init__(self, width: int = 64, in_channels: int = 3) -> None:
+        super().__init__(width=int(width), in_channels=int(in_channels))
         widths = [width * 2**i for i in range(5)]
 
         def double(i, o):
@@ -74,13 +86,11 @@ class UNetProx(_ImageNet):
         self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in reversed(widths[:-1]))
         self.merge = nn.ModuleList(double(2 * w, w) for w in reversed(widths[:-1]))
         self.out = nn.Conv2d(width, in_channels, 1)
-        self.to(memory_format=torch.channels_last)
 
     def _net(self, x):
-        if x.shape[-2] % 16 or x.shape[-1] % 16:
-            raise ValueError(
-                f"height {x.shape[-2]} and width {x.shape[-1]} must both be divisible by 16: crop or pad the image"
-            )
+        height, width = x.shape[-2:]
+        if height % 16 or width % 16:
+            raise ValueError(f"height {height} and width {width} must both be divisible by 16: crop or pad")
         skips = []
         for i, down in enumerate(self.down):
             x = down(F.max_pool2d(x, 2) if i else x)
@@ -92,24 +102,20 @@ class UNetProx(_ImageNet):
 
 
 class ResNetProx(_ImageNet):
-    """The residual network of Mardani et al. (2018): num_blocks blocks of two 3x3 convolutions of `width` feature maps,
-    each with batch normalisation and ReLU, then three 1x1 convolutions; a 1x1 convolution lifts the image to width."""
+    """The residual network of Mardani et al. (2018): num_blocks blocks of two 3x3 convolutions of `width`
+    feature maps, each with batch normalisation and ReLU, then three 1x1 convolutions; another lifts the
+    in_channels."""
 
-    def __init__(self, width=128, num_blocks=2, in_channels=3):
-        super().__init__(width=width, num_blocks=num_blocks, in_channels=in_channels)
+    def __init__(self, width: int = 128, num_blocks: int = 2, in_channels: int = 3) -> None:
+        super().__init__(width=int(width), num_blocks=int(num_blocks), in_channels=int(in_channels))
         self.lift = nn.Conv2d(in_channels, width, 1)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(*_conv_bn_relu(width, width, bias=True), *_conv_bn_relu(width, width, bias=True))
-            for _ in range(num_blocks)
-        )
-        self.tail = nn.Sequential(
-            nn.Conv2d(width, width, 1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 1),
-            nn.ReLU(),
-            nn.Conv2d(width, in_channels, 1),
-        )
-        self.to(memory_format=torch.channels_last)
+
+        def double():
+            return nn.Sequential(*_conv_bn_relu(width, width, True), *_conv_bn_relu(width, width, True))
+
+        self.blocks = nn.ModuleList(double() for _ in range(num_blocks))
+        first, second, last = (nn.Conv2d(width, out, 1) for out in (width, width, in_channels))
+        self.tail = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
 
     def _net(self, x):
         x = self.lift(x)

@@ -1,13 +1,14 @@
-"""Training of a flow by likelihood or of a solver by mean squared error: one loop, which saves itself and resumes.
+"""Training of a flow by likelihood or of a solver by mean squared error: one loop, which saves itself and
+resumes.
 
-Every random draw of a step comes from a generator seeded by (seed, purpose, step), so a run that was killed and resumed
-from its last checkpoint ends with the same weights, to the bit, as one that was not."""
+Every random draw of a step comes from a generator seeded by (seed, purpose, step), so a run that was killed
+and resumed from its last checkpoint ends with the same weights, to the bit, as one that was not."""
 
 import csv
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from flowlib.glow import set_compute_dtype
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of one training. lr: of the networks; scalar_lr: of μ and λ; the rate rises over warmup_steps and, with
-    cosine, falls to zero at num_steps; patience: validations without improvement before it stops;
-    max_restarts: how often a run that fell apart goes on from its best weights at half the rate. shrinkage: where λ starts.
-    mirror: half of the training images, at random, are mirrored left to right."""
+    """Settings of one training. lr: of the networks; scalar_lr: of μ and λ; the rate rises over warmup_steps
+    and, with cosine, falls to zero at num_steps; patience: validations without improvement before it stops;
+    max_restarts: how often a run that fell apart goes on from its best weights at half the rate. shrinkage:
+    where λ starts. mirror: half of the training images, at random, are mirrored left to right."""
 
     num_steps: int
     batch_size: int
@@ -46,9 +47,10 @@ class Training:
 
 
 class Diverged(FloatingPointError):
-    """A training that fell apart more often than it may; `summary` is what a record of it keeps."""
+    """A training that fell apart more often than it may: message says where, summary is what a record
+    keeps."""
 
-    def __init__(self, message: str, summary: dict):
+    def __init__(self, message: str, summary: dict) -> None:
         super().__init__(message)
         self.summary = summary
 
@@ -72,8 +74,8 @@ def mirrored(x: Tensor, seed: int, step: int) -> Tensor:
     return torch.where(chosen[:, None, None, None], x.flip(3), x)
 
 
-def learning_rate_factor(step: int, settings: Training, restarts=()) -> float:
-    """Linear warm-up, then constant or half a cosine down to zero; each restart halves it, and warms up again."""
+def learning_rate_factor(step: int, settings: Training, restarts: Sequence[dict] = ()) -> float:
+    """Linear warm-up, then constant or half a cosine to zero; each restart halves it and warms up again."""
     start = restarts[-1]["step"] if restarts else 0
     warmup = min(1.0, (step - start + 1) / max(1, settings.warmup_steps))
     decay = 0.5 * (1 + math.cos(math.pi * step / settings.num_steps)) if settings.cosine else 1.0
@@ -92,26 +94,25 @@ def fit(
     identity: dict | None = None,
     explain: Callable[[np.ndarray, int], str | None] | None = None,
 ) -> dict:
-    """Trains model in place, by Adam, to the weights that were best on validation; returns a summary of the run.
+    """Trains model in place, by Adam, to the weights that were best on validation; returns a summary.
 
     groups: optimizer parameter groups with their own lr. batch_loss(indices, step) -> scalar tensor. Writes
-    directory/log.csv and, every settings.checkpoint_minutes and at the end, directory/resume.safetensors; where that file
-    lies, training goes on from it. identity: what else the run depends on, such as the images' hash.
-    A run whose loss or gradient is not finite, or whose validation loss is more than three times its best, goes on
-    from its best weights at half the rate.
+    directory/log.csv and, every settings.checkpoint_minutes and at the end, directory/resume.safetensors,
+    from which training goes on. identity: what else the run depends on, such as the images' hash. A run whose
+    loss or gradient is not finite, or whose validation loss is more than three times its best, goes on from
+    its best weights at half the rate. Raises ValueError for fewer images than a batch, or a resume file of
+    another run; Diverged after settings.max_restarts restarts, with explain(indices, step) as the reason."""
+    from tqdm.auto import tqdm  # here, so that flowlib needs it for training alone
 
-    Raises ValueError for fewer images than a batch, or a resume file of another run; Diverged (a FloatingPointError) after
-    settings.max_restarts restarts, with explain(indices, step) as the reason."""
     if num_images < settings.batch_size:
-        raise ValueError(
-            f"{num_images} training images are fewer than one batch of {settings.batch_size}: use more images"
-        )
+        raise ValueError(f"{num_images} training images are fewer than one batch of {settings.batch_size}")
     identity = {"training": asdict(settings), "seed": seed, "num_images": num_images} | (identity or {})
     run = _Run(model, groups, settings, identity, directory)
     run.resume()
     state = run.state
     set_compute_dtype(model, torch.bfloat16 if settings.bf16 else None)
-    with _progress(settings.num_steps, state["step"], directory.name) as progress:
+    bar = dict(total=settings.num_steps, initial=state["step"], desc=directory.name, mininterval=2)
+    with tqdm(**bar) as progress:
         while not run.finished():
             indices = batch_indices(state["step"], settings.batch_size, num_images, seed)
             loss = run.step(batch_loss, indices, explain)
@@ -167,13 +168,13 @@ class _Run:
         if all(map(math.isfinite, found)):
             self.optimizer.step()
         else:
-            where = explain(indices, step) if explain else None
-            self._restart(f"loss {found[0]:.4g}, gradient norm {found[1]:.4g}; first not finite: {where or 'the gradient'}")
+            where = (explain and explain(indices, step)) or "the gradient"
+            self._restart(f"loss {found[0]:.4g}, gradient norm {found[1]:.4g}; first not finite: {where}")
         self.state["step"] = step + 1
         return found[0]
 
     def validate(self, validation_loss, loss):
-        """Keeps the weights if they are the best, starts again from the best if they fell apart; the validation loss."""
+        """Keeps the best weights, or starts again from them if the model fell apart; the validation loss."""
         state, settings = self.state, self.settings
         self.model.eval()
         with torch.no_grad():
@@ -183,9 +184,11 @@ class _Run:
             self._keep_best()
         elif not value <= 3 * state["best_loss"]:
             self._restart(f"validation loss {value:.4g} after {state['best_loss']:.4g}")
-        state["stopped_early"] = state["step"] - state["best_step"] >= settings.patience * settings.validate_every
+        patience = settings.patience * settings.validate_every
+        state["stopped_early"] = state["step"] - state["best_step"] >= patience
         self._tick()
-        row = dict(step=state["step"], images_seen=state["step"] * settings.batch_size, loss=loss, val_loss=value)
+        row = dict(step=state["step"], images_seen=state["step"] * settings.batch_size)
+        row |= dict(loss=loss, val_loss=value)
         row |= {k: round(state[k], 2) for k in ("seconds", "cpu_seconds")}
         # What is not finite has no place in JSON.
         state["history"].append({k: v if math.isfinite(v) else None for k, v in row.items()})
@@ -232,35 +235,30 @@ class _Run:
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-        save_tensors(self.path, tensors, {"identity": self.identity, "state": self.state, "finished": self.finished()})
+        header = {"identity": self.identity, "state": self.state, "finished": self.finished()}
+        save_tensors(self.path, tensors, header)
         self._last_saved = time.monotonic()
 
     def resume(self):
-        """Goes on from the resume file, if there is one. One of a finished run with other settings is of no use."""
+        """Goes on from the resume file, if there is one; that of a finished run with other settings is
+        ignored."""
         if not self.path.exists():
             return
         tensors, header = load_tensors(self.path)
         if header.get("identity") != self.identity:
             if header.get("finished"):
                 return
-            raise ValueError(
-                f"{self.path} belongs to a run with other settings or images: delete it, or choose another directory"
-            )
+            other = f"{self.path} belongs to a run with other settings or images"
+            raise ValueError(f"{other}: delete it, or choose another directory")
         self.state |= header["state"]
         load_state(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, self.path)
-        self.best = {k[5:]: v.to(self.best[k[5:]].device) for k, v in tensors.items() if k.startswith("best.")}
+        best = {k[5:]: v for k, v in tensors.items() if k.startswith("best.")}
+        self.best = {k: v.to(self.best[k].device) for k, v in best.items()}
         saved = self.optimizer.state_dict()
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
-                if name != "step":  # the fused optimizer reads memory in its order, so that must be the parameter's
+                if name != "step":  # the fused optimizer reads memory in the order of its parameter
                     value = torch.empty_like(self.parameters[int(index)]).detach().copy_(value)
                 saved["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(saved)
-
-
-def _progress(total, initial, name):
-    """A progress bar, a widget in a notebook."""
-    from tqdm.auto import tqdm  # here, so that flowlib needs it for training alone
-
-    return tqdm(total=total, initial=initial, desc=name, mininterval=2)

@@ -5,16 +5,19 @@ import json
 import pytest
 import torch
 
-from flowlib import Blur, Denoising, Inpainting, data, psnr, results, tables
+import data
+from companion import classical, records, runs, tables
 from companion.classical import CLASSICAL, conjugate_gradients, record_classical, tikhonov, tv_inpainting
-from flowlib.experiments import Experiment
+from companion.experiment import Experiment
+from flowlib import Blur, Denoising, Inpainting, psnr
+from flowlib.images import to_tensor
 
 OPERATORS = {"denoising": Denoising(0.2), "inpainting": Inpainting(19, 64), "deblurring": Blur(5.0)}
 
 
 @pytest.fixture(scope="module")
 def faces():
-    return data.to_tensor(data.draw_faces(range(2)))
+    return to_tensor(data.draw_faces(range(2)))
 
 
 @pytest.mark.parametrize("task,key", [(task, key) for task in CLASSICAL for key in CLASSICAL[task]])
@@ -43,7 +46,9 @@ def test_tikhonov_solves_its_normal_equations(faces):
 def test_conjugate_gradients_fit_better_with_every_step(faces):
     x, blur = faces.double(), Blur(5.0, 9, "reflect")
     y = blur.A(x)
-    residuals = torch.stack([(blur.A(conjugate_gradients(y, blur, n)) - y).flatten(1).norm(dim=1) for n in range(12)])
+    residuals = torch.stack(
+        [(blur.A(conjugate_gradients(y, blur, n)) - y).flatten(1).norm(dim=1) for n in range(12)]
+    )
     assert (residuals.diff(dim=0) < 0).all()
     # The answer to a solved system, and to nothing, is finite.
     assert conjugate_gradients(y * 0, Blur(0.5, 3), 400).abs().max() == 0
@@ -62,21 +67,33 @@ def test_tv_inpainting_keeps_measured_pixels_and_varies_less_than_the_truth(face
 
 
 def test_records_stand_beside_the_paper_and_go_into_every_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    for module in (records, runs):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     run = Experiment("smoke", edition="v1", build=tmp_path / "build")
     data.prepare_synthetic(run.build / "data" / "synthetic", num_images=40)
-    record_classical(run, "denoising-0.1")
-    results.publish(run)
-    kept = results.recorded()
-    assert [r["name"] for r in kept] == [f"classical-denoising-0.1-{key}" for key in ("measurement", "nl-means", "tv")]
+    made = record_classical(run, "denoising-0.1")
+    runs.publish_classical(run)
+    kept = records.recorded()
+    assert [r["name"] for r in kept] == [
+        f"classical-denoising-0.1-{key}" for key in ("measurement", "nl-means", "tv")
+    ]
     [tv] = [r for r in kept if r["method"] == "Total variation"]
     assert tv["parameter"]["value"] in tv["parameter"]["grid"] and len(tv["psnr"]["values"]) == 8
     assert json.dumps(tv) and tv["data"]["name"] == "synthetic"
-    assert results.main_run(kept) == []  # they are no solvers
+    assert records.comparison(kept, "v1") == []  # they are no solvers
     assert all("" not in row.values() for row in tables.provenance_rows(kept))
 
-    monkeypatch.undo()  # the paper's numbers lie with the code
-    rows = tables.beside_classical("denoising", "sigma_n=0.1", "v1", kept)
+    # Found again, in another build too, but not for other images.
+    with monkeypatch.context() as inner:
+        inner.setattr(classical, "psnr", None)  # it would be needed
+        other = Experiment("smoke", edition="v1", build=tmp_path / "other")
+        data.prepare_synthetic(other.build / "data" / "synthetic", num_images=40)
+        assert record_classical(run, "denoising-0.1") == record_classical(other, "denoising-0.1")
+        data.prepare_synthetic(other.build / "data" / "synthetic", num_images=40, seed=1)
+        with pytest.raises(TypeError):
+            record_classical(other, "denoising-0.1")
+
+    rows = tables.beside_classical("denoising-0.1", "v1", kept)
     assert rows[0]["PSNR, dB"] == "29.06" and "GLOW" in rows[0]["Method"] and rows[1]["PSNR, dB"] == "not run"
-    assert [row["Method"] for row in rows[2:]][-1] == "Noisy image" and len(rows) == 5
+    assert [row["Method"] for row in rows[2:]][-1] == "Noisy image" and len(rows) == 5 and len(made) == 3
     assert all("" not in row.values() for row in rows)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flowlib import data
+import data
+from flowlib import images as image_tensors
 
 
 def write_images(folder, count=3, size=(20, 30), mode="RGB"):
@@ -78,7 +79,9 @@ def test_celeba_crop_is_fractional_and_centred(tmp_path):
     (tmp_path / "ramp").mkdir()
     x, y = np.meshgrid(np.arange(89), np.arange(109))
     Image.fromarray(np.stack([2 * x, 2 * y, 0 * x], -1).astype(np.uint8)).save(tmp_path / "ramp" / "ramp.png")
-    image = data.load(data.prepare(tmp_path / "ramp", tmp_path / "out", crop="celeba")).images[0].astype(float)
+    image = (
+        data.load(data.prepare(tmp_path / "ramp", tmp_path / "out", crop="celeba")).images[0].astype(float)
+    )
     centres = (np.arange(64) + 0.5) * 74 / 64  # of the output pixels, from the box's edge
     inner = slice(4, -4)  # the filter is cut off at the box's edge
     assert np.abs(image[:, :, 0] - 2 * (7.5 + centres - 0.5))[:, inner].max() <= 0.75
@@ -204,11 +207,15 @@ def test_truncated_or_foreign_files_are_named(tmp_path):
     content = (out / "images.npy").read_bytes()
     for wrong in (content[:-10], content[:20], b"", b"foreign"):
         (out / "images.npy").write_bytes(wrong)
-        with pytest.raises(ValueError, match=r"images\.npy is truncated.*again with: python -m companion prepare syn"):
+        with pytest.raises(
+            ValueError, match=r"images\.npy is truncated.*again with: python -m companion prepare syn"
+        ):
             data.load(out)
     for wrong in (np.zeros((3, 16, 16, 3), np.uint8), np.zeros((4, 16, 16, 3), np.float32)):
         np.save(out / "images.npy", wrong)
-        with pytest.raises(ValueError, match=r"images\.npy holds .* where manifest\.json says .*prepare it again"):
+        with pytest.raises(
+            ValueError, match=r"images\.npy holds .* where manifest\.json says .*prepare it again"
+        ):
             data.load(out)
     for wrong in ("", "{}", "[1]", '{"name": '):
         (out / "manifest.json").write_text(wrong)
@@ -226,13 +233,17 @@ def test_named_sets_are_found_in_the_data_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FLOWLIB_DATA", str(tmp_path))
     assert data.data_dir() == tmp_path
     for name in ("celeba", "anime"):
-        with pytest.raises(FileNotFoundError, match=rf"{name}\*\.zip, {name}/.*data/README\.md.*FLOWLIB_DATA") as error:
+        with pytest.raises(
+            FileNotFoundError, match=rf"{name}\*\.zip, {name}/.*data/README\.md.*FLOWLIB_DATA"
+        ) as error:
             data.prepare_named(name, tmp_path / "out")
         assert str(tmp_path) in str(error.value)
     with pytest.raises(FileNotFoundError, match="'nothing' is neither a known set"):
         data.prepare_named("nothing", tmp_path / "out")
     write_images(tmp_path / "celeba_hq")
-    assert data.load(data.prepare_named("celeba", tmp_path / "out")).manifest["crop"] == "square"  # already cropped
+    assert (
+        data.load(data.prepare_named("celeba", tmp_path / "out")).manifest["crop"] == "square"
+    )  # already cropped
     write_zip(tmp_path / "celeba-small.zip", tmp_path / "celeba_hq")
     found = data.load(data.prepare_named("celeba", tmp_path / "out")).manifest
     assert (found["name"], found["source"], found["crop"]) == ("celeba", "celeba-small.zip", "celeba")
@@ -271,7 +282,8 @@ def test_a_face_depends_on_its_index_alone(style):
 
 def test_faces_differ_by_index_seed_and_style():
     faces = {
-        key: data.draw_faces(range(24), *key).astype(float) for key in [("natural", 0), ("natural", 1), ("ood", 0)]
+        key: data.draw_faces(range(24), *key).astype(float)
+        for key in [("natural", 0), ("natural", 1), ("ood", 0)]
     }
     everything = np.concatenate(list(faces.values())).reshape(72, -1)
     distance = np.sqrt(np.mean(np.square(everything[:, None] - everything[None]), -1))
@@ -293,8 +305,8 @@ def test_synthetic_sets_have_the_manifest_of_real_ones(tmp_path):
 
 
 def test_splits_are_disjoint_seeded_and_nested():
-    v1 = data.split_indices(10_000, 992, 200, 200, held_out=500)
-    v2 = data.split_indices(10_000, 9_000, 500, 500)
+    v1 = image_tensors.split_indices(10_000, 992, 200, 200, held_out=500)
+    v2 = image_tensors.split_indices(10_000, 9_000, 500, 500)
     for split in (v1, v2):
         assert set(split) == {"pretrain", "train", "val", "test"}
         assert set(split["train"]) <= set(split["pretrain"])
@@ -304,18 +316,20 @@ def test_splits_are_disjoint_seeded_and_nested():
     assert set(v1["test"]) <= set(v2["test"]) and set(v1["val"]) <= set(v2["val"])
     assert np.array_equal(v1["pretrain"], v2["pretrain"])
     again, other = (
-        data.split_indices(10_000, 9_000, 500, 500),
-        data.split_indices(10_000, 9_000, 500, 500, seed=1),
+        image_tensors.split_indices(10_000, 9_000, 500, 500),
+        image_tensors.split_indices(10_000, 9_000, 500, 500, seed=1),
     )
     assert all(np.array_equal(v2[k], again[k]) for k in v2)
     assert not np.array_equal(v2["test"], other["test"])
 
 
 def test_split_errors():
-    with pytest.raises(ValueError, match=r"100 images are there, 140 are needed \(100 train \+ 2 x 20.*prepare more"):
-        data.split_indices(100, 100, 10, 20)
+    with pytest.raises(
+        ValueError, match=r"100 images are there, 140 are needed \(100 train \+ 2 x 20.*prepare more"
+    ):
+        image_tensors.split_indices(100, 100, 10, 20)
     with pytest.raises(ValueError, match="held_out=5 cannot hold val=10 or test=20 images: enlarge"):
-        data.split_indices(100, 10, 10, 20, held_out=5)
+        image_tensors.split_indices(100, 10, 10, 20, held_out=5)
 
 
 # Pixels and tensors
@@ -323,18 +337,20 @@ def test_split_errors():
 
 def test_tensor_round_trip():
     images = np.arange(256, dtype=np.uint8).repeat(3).reshape(2, 8, 16, 3)
-    tensor = data.to_tensor(images)
+    tensor = image_tensors.to_tensor(images)
     assert tensor.shape == (2, 3, 8, 16) and tensor.dtype == torch.float32
     assert tensor.min() == -0.5 and tensor.max() == 0.5
-    assert np.array_equal(data.to_uint8(tensor), images)
-    assert np.array_equal(data.to_uint8(torch.tensor([[[[-9.0]], [[9.0]], [[0.0]]]])).ravel(), [0, 255, 128])
+    assert np.array_equal(image_tensors.to_uint8(tensor), images)
+    assert np.array_equal(
+        image_tensors.to_uint8(torch.tensor([[[[-9.0]], [[9.0]], [[0.0]]]])).ravel(), [0, 255, 128]
+    )
 
 
 def test_dequantized_pixels_stay_in_their_bins():
     images = np.arange(256, dtype=np.uint8).repeat(3 * 64).reshape(4, 64, 64, 3)
-    x = data.dequantize(images, torch.Generator().manual_seed(0))
+    x = image_tensors.dequantize(images, torch.Generator().manual_seed(0))
     assert x.dtype == torch.float32 and x.min() >= -0.5 and x.max() < 0.5
     bins = torch.floor((x.double() + 0.5) * 256).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(bins, images)
-    assert torch.equal(x, data.dequantize(images, torch.Generator().manual_seed(0)))
+    assert torch.equal(x, image_tensors.dequantize(images, torch.Generator().manual_seed(0)))
     assert abs(((x + 0.5) * 256).double().mean() - (127.5 + 0.5)) < 0.01

@@ -10,12 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from flowlib import Blur, Denoising, Glow, GlowProx, Inpainting, UNetProx, UnfoldedPGD, data, psnr, save_checkpoint
-from flowlib.data import to_tensor
-from flowlib.experiments import Experiment
+import data
+from companion.experiment import Experiment
 from companion.explorer.live import Explorer
 from companion.explorer.page import SCALES, SHIFTS, grid, measure, normals, page, solve_with, write_explorer
+from companion.files import write_json
+from companion.records import data_of
+from companion.training import model_path
+from flowlib import Blur, Denoising, Glow, GlowProx, Inpainting, UNetProx, UnfoldedPGD, psnr, save_checkpoint
 from flowlib.export import export_onnx
+from flowlib.images import to_tensor
 from tests.test_flow import randomize
 
 OPERATORS = {"denoising": Denoising(0.2), "inpainting": Inpainting(19), "deblurring": Blur(5.0)}
@@ -104,7 +108,15 @@ def experiment(tmp_path_factory):
         ("denoising-glow", small_solver(3)),
         ("inpainting-unet", unet),
     ):
-        save_checkpoint(experiment.runs / "v2" / name / "model.safetensors", solver)
+        run = experiment.runs()[name]
+        save_checkpoint(model_path(experiment, run), solver)
+        about = {
+            "name": name,
+            "kind": "solver",
+            "experiment": experiment.names,
+            "settings_hash": run.settings_hash,
+        }
+        write_json(experiment.directory(run) / "record.json", about | {"data": data_of(experiment)})
     return experiment
 
 
@@ -129,7 +141,7 @@ def test_files_of_the_page(experiment):
 def test_sliders_move_the_solver(experiment):
     explorer = Explorer(experiment)
     explorer.task.value = "inpainting"
-    assert explorer.prox.value == "glow"
+    assert explorer.method.value == "glow"
     x, operator = experiment_image(experiment), Inpainting(19)
     solver, before = explorer.solver, dict(explorer.psnr)
     explorer.scale.value = 0.5
@@ -158,10 +170,12 @@ def test_task_method_image_and_noise_can_be_chosen(experiment):
     assert explorer.psnr["measurement"] != shown
     explorer.image.value = 2
     y = measure(Denoising(0.2), experiment_image(experiment, 1), 1 + len(explorer.images))
-    assert explorer.psnr["measurement"] == pytest.approx(psnr(y, experiment_image(experiment, 1)).item(), abs=1e-3)
+    assert explorer.psnr["measurement"] == pytest.approx(
+        psnr(y, experiment_image(experiment, 1)).item(), abs=1e-3
+    )
     explorer.task.value = "inpainting"
     assert explorer.setting.value == 19 and explorer.seed.layout.display == "none"
-    explorer.prox.value = "unet"
+    explorer.method.value = "unet"
     assert "λ" not in explorer.sliders and explorer.shift.disabled
     explorer.scale.value = 0.5
     assert explorer.sliders["μ"][0].value == pytest.approx(0.25)
@@ -169,7 +183,13 @@ def test_task_method_image_and_noise_can_be_chosen(experiment):
 
 def upload(explorer, name, content):
     explorer.upload.value = (
-        {"name": name, "type": "image/png", "size": len(content), "content": content, "last_modified": datetime.now()},
+        {
+            "name": name,
+            "type": "image/png",
+            "size": len(content),
+            "content": content,
+            "last_modified": datetime.now(),
+        },
     )
 
 

@@ -1,4 +1,5 @@
-"""The explorer in a real browser: what the page shows is what the solver in PyTorch says, live and from the grid."""
+"""The explorer in a real browser: what the page shows is what the solver in PyTorch says, live and from the
+grid."""
 
 import contextlib
 import io
@@ -15,27 +16,31 @@ import pytest
 import torch
 from PIL import Image
 
-from flowlib import Blur, Denoising, Inpainting, data, psnr, results
-from flowlib.data import to_tensor
-from flowlib.experiments import Experiment
+import data
+from companion.experiment import Experiment
 from companion.explorer.page import SCALES, SHIFTS, grid, measure, normals, solve_with
+from companion.runs import load
+from flowlib import Blur, Denoising, Inpainting, psnr
+from flowlib.images import to_tensor
 from tests.conftest import CHROMIUM, ROOT, SMOKE_BUILD
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-PATH = "notebooks/12_explorer.html"
+PATH = "notebooks/explorer.html"
 EXPERIMENT = Experiment("smoke", build=ROOT / SMOKE_BUILD)
 # What the page knows, as JSON.
 STATE = """() => {
   const e = document.querySelector(".flow-explorer").explorer;
   const list = (a) => a && Array.from(a);
-  return { mu: e.mu, lambda: e.lambda, value: e.value, y: list(e.y), x: list(e.x), mask: list(e.mask), generation: e.generation,
+  return { mu: e.mu, lambda: e.lambda, value: e.value, y: list(e.y), x: list(e.x), mask: list(e.mask),
+  generation: e.generation,
            folds: list(e.result?.folds), solved: e.result?.generation, milliseconds: e.result?.milliseconds };
 }"""
 
 
 @pytest.fixture
 def open_page(browser, site):
-    """open_page(address=..., script=..., **options of the context) -> page, with no error of a script allowed."""
+    """open_page(address=..., script=..., **options of the context) -> page, with no error of a script
+    allowed."""
     contexts, errors = [], []
 
     def open_(address=site + PATH, script=None, **options):
@@ -75,7 +80,9 @@ def settled(page):
 def move(page, label, value):
     """Moves a slider as a reader does: its input event is what counts."""
     slider = page.get_by_label(label, exact=True).first
-    slider.evaluate("(s, v) => { s.value = v; s.dispatchEvent(new Event('input', { bubbles: true })); }", value)
+    slider.evaluate(
+        "(s, v) => { s.value = v; s.dispatchEvent(new Event('input', { bubbles: true })); }", value
+    )
 
 
 def choose(page, task):
@@ -87,11 +94,16 @@ def image(values):
     return torch.tensor(values).reshape(-1, 3, 64, 64)
 
 
+def load_solver(task):
+    method = next(t["method"] for t in config()["tasks"] if t["task"] == task)
+    return load(EXPERIMENT, EXPERIMENT.solver(task, method))
+
+
 def check(page, task, operator, y=None):
-    """What the page computed is what PyTorch computes from the same measurement, and its PSNR text says so."""
+    """What the page computed is what PyTorch computes from the same measurement, and its PSNR text says
+    so."""
     state = settled(page)
-    prox = next(t["prox"] for t in config()["tasks"] if t["task"] == task)
-    solver = results.load_solver(EXPERIMENT, task, prox)[1]
+    solver = load_solver(task)
     if y is not None:
         torch.testing.assert_close(image(state["y"]), y, atol=1e-5, rtol=0)
     scalars = torch.tensor(state["mu"]), torch.tensor(state["lambda"])
@@ -114,7 +126,11 @@ def face(index=0):
 
 
 def test_live_answers_are_those_of_pytorch(live):
-    for task, operator in (("inpainting", Inpainting(19)), ("denoising", Denoising(0.2)), ("deblurring", Blur(5.0))):
+    for task, operator in (
+        ("inpainting", Inpainting(19)),
+        ("denoising", Denoising(0.2)),
+        ("deblurring", Blur(5.0)),
+    ):
         choose(live, task)
         trained = check(live, task, operator, measure(operator, face(), 0))
         move(live, "step size μ", 1.5)
@@ -184,7 +200,9 @@ def test_own_photos(live):
     )
     state = check(live, "inpainting", Inpainting(19))
     middle = (
-        Image.open(io.BytesIO(huge["buffer"])).crop((1000, 0, 5000, 4000)).resize((64, 64), Image.Resampling.LANCZOS)
+        Image.open(io.BytesIO(huge["buffer"]))
+        .crop((1000, 0, 5000, 4000))
+        .resize((64, 64), Image.Resampling.LANCZOS)
     )
     assert (image(state["x"]) - to_tensor(np.asarray(middle)[None])).abs().mean() < 0.02
 
@@ -195,9 +213,7 @@ def test_own_photos(live):
 
 
 def grid_answer(index, row, column, task="inpainting"):
-    chosen = next(t for t in config()["tasks"] if t["task"] == task)
-    solver = results.load_solver(EXPERIMENT, task, chosen["prox"])[1]
-    return grid(solver, Inpainting(19), face(index), seed=index)[row, column]
+    return grid(load_solver(task), Inpainting(19), face(index), seed=index)[row, column]
 
 
 def test_without_webassembly_the_grid_answers(open_page):
@@ -256,7 +272,9 @@ def test_live_notebook_in_jupyterlab(browser, smoke_book):
     """End to end: a kernel, its widgets in a browser, a slider moved with the keyboard."""
     notebook = EXPERIMENT.build / "live.ipynb"
     parameters = {"profile": "smoke", "build": str(smoke_book)}
-    papermill.execute_notebook(ROOT / "notebooks/live_explorer.ipynb", notebook, parameters, prepare_only=True)
+    papermill.execute_notebook(
+        ROOT / "notebooks/live_explorer.ipynb", notebook, parameters, prepare_only=True
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -269,7 +287,9 @@ def test_live_notebook_in_jupyterlab(browser, smoke_book):
     ]
     options += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     with open(EXPERIMENT.build / "logs/lab.log", "w") as log:
-        lab = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", *options], stdout=log, stderr=log, cwd=ROOT)
+        lab = subprocess.Popen(
+            [sys.executable, "-m", "jupyter", "lab", *options], stdout=log, stderr=log, cwd=ROOT
+        )
     page, left = browser.new_page(viewport={"width": 1200, "height": 1400}), []
     local = (address, address.replace("http", "ws"), "data:", "blob:")
     page.on("request", lambda request: request.url.startswith(local) or left.append(request.url))
@@ -291,7 +311,8 @@ def test_live_notebook_in_jupyterlab(browser, smoke_book):
             page.keyboard.press("ArrowRight")
         page.wait_for_function("(old) => !document.body.innerText.includes(old)", arg=before, timeout=30_000)
         page.wait_for_function(  # the grid, through anywidget
-            "document.querySelector('.flow-explorer .panels strong')?.textContent.includes('dB')", timeout=60_000
+            "document.querySelector('.flow-explorer .panels strong')?.textContent.includes('dB')",
+            timeout=60_000,
         )
         assert left == []
     finally:

@@ -1,11 +1,14 @@
-"""The flow and its layers: round trips, log-determinants against the autograd Jacobian, initialisation, clear errors."""
+"""The flow and its layers: round trips, log-determinants against the autograd Jacobian, initialisation,
+clear errors."""
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowlib import Glow, set_compute_dtype, set_memory
+from flowlib import Blur, Glow, GlowProx, ResNetProx, UNetProx, UnfoldedPGD, psnr, set_compute_dtype, set_memory
 from flowlib.layers import ActNorm, AffineCoupling, FlowStep, InvConv1x1, Split, Squeeze
 
 
@@ -71,7 +74,9 @@ def test_step_is_the_composition_of_its_layers():
 
 def small_glow(dtype=torch.float64, **config):
     torch.manual_seed(0)
-    return randomize(Glow(**{"num_levels": 2, "num_steps": 2, "hidden_channels": 6, **config}).to(dtype), scale=0.1)
+    return randomize(
+        Glow(**{"num_levels": 2, "num_steps": 2, "hidden_channels": 6, **config}).to(dtype), scale=0.1
+    )
 
 
 @pytest.mark.parametrize("channels,size,batch", [(3, (8, 8), 2), (1, (4, 12), 1), (4, (16, 8), 3)])
@@ -98,7 +103,11 @@ def test_glow_log_prob_by_change_of_variables():
     z = flat(x)
     expected = torch.distributions.Normal(0, 1).log_prob(z).sum() + jacobian_log_det(flat, x)
     torch.testing.assert_close(glow.log_prob(x)[0], expected)
-    bits = -(expected - 16 * torch.log(torch.tensor(256.0, dtype=torch.float64))) / 16 / torch.log(torch.tensor(2.0))
+    bits = (
+        -(expected - 16 * torch.log(torch.tensor(256.0, dtype=torch.float64)))
+        / 16
+        / torch.log(torch.tensor(2.0))
+    )
     torch.testing.assert_close(glow.bits_per_dim(x)[0], bits, check_dtype=False)
 
 
@@ -123,7 +132,7 @@ def test_initialize_whitens_once_and_only_when_asked():
     assert all(torch.equal(v, before[k]) for k, v in glow.state_dict().items())
     glow.initialize(x)
     step = glow.levels[0][0]
-    std, mean = torch.std_mean(step.actnorm(glow.squeeze(x))[0], dim=(0, 2, 3))
+    std, mean = torch.std_mean(step.actnorm(glow.squeezes[0](x))[0], dim=(0, 2, 3))
     torch.testing.assert_close(mean, torch.zeros(12), atol=1e-5, rtol=0)
     torch.testing.assert_close(std, torch.ones(12), atol=1e-4, rtol=0)
     with pytest.raises(RuntimeError, match="initialised already"):
@@ -143,7 +152,8 @@ def test_sampling_follows_its_generator_and_temperature():
 @pytest.mark.parametrize("max_log_scale", [1.0, 0.25])
 @torch.no_grad()
 def test_tanh_couplings_stay_well_conditioned(max_log_scale):
-    """However large the input and the weights, log s keeps its bound, so that inverting loses no digits to the scale."""
+    """However large the input and the weights, log s keeps its bound, so that inverting loses no digits to
+    the scale."""
     torch.manual_seed(0)
     coupling = randomize(AffineCoupling(4, 8, "tanh", max_log_scale), scale=3.0)
     x = 100 * torch.randn(2, 4, 6, 6)
@@ -173,14 +183,17 @@ CHANGES = {
     "data": averaged,
     "orthogonal": lambda glow: torch.nn.init.orthogonal_(glow.levels[0][0].invconv.weight.data),
     "load": lambda glow: glow.load_state_dict({k: v + 0.01 for k, v in glow.state_dict().items()}),
-    "replaced": lambda glow: setattr(glow.levels[0][0].invconv, "weight", torch.nn.Parameter(torch.eye(12) * 1.1)),
+    "replaced": lambda glow: setattr(
+        glow.levels[0][0].invconv, "weight", torch.nn.Parameter(torch.eye(12) * 1.1)
+    ),
 }
 
 
 @pytest.mark.parametrize("mode", ["plain", "reversible"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_nothing_goes_stale(change, mode):
-    """After any change of weights, by whatever means, a flow and its deep copy agree: values, inverse and gradients."""
+    """After any change of weights, by whatever means, a flow and its deep copy agree: values, inverse and
+    gradients."""
     glow = small_glow(torch.float32)
     set_memory(glow, mode)
     x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)) - 0.5
@@ -265,3 +278,120 @@ def test_bad_images_are_named(x, message):
 def test_unknown_scale_rule_is_named():
     with pytest.raises(ValueError, match="unknown scale rule 'softplus'; choose one of tanh, sigmoid, exp"):
         Glow(num_levels=1, num_steps=1, hidden_channels=4, scale="softplus")
+
+
+def test_half_precision_flows_sum_in_float32():
+    """The flow of 64x64 images has log-probabilities beyond the largest 16-bit number."""
+    glow = small_glow(torch.float32)
+    x = torch.zeros(1, 3, 64, 64)
+    glow.levels[0][0].actnorm.log_scale.data += 5
+    expected = glow.bits_per_dim(x)
+    for dtype in (torch.float16, torch.bfloat16):
+        bits = glow.to(dtype).bits_per_dim(x.to(dtype))
+        assert bits.dtype == torch.float32 and (bits / expected - 1).abs() < 0.02
+    assert 79 < psnr(x.half() + 1e-4, x.half())[0] < 81
+
+
+def test_a_singular_convolution_is_named():
+    glow = small_glow(torch.float32)
+    weight = glow.levels[0][0].invconv.weight.data
+    weight[0] = weight[1]
+    weight[0, 0] += 1e-7
+    x = torch.rand(1, 3, 8, 8) - 0.5
+    with pytest.warns(UserWarning, match="1x1 convolution is nearly singular"):
+        glow.inverse(glow(x)[0])
+    weight[0] = weight[1]
+    with pytest.warns(UserWarning, match="1x1 convolution is nearly singular"):
+        glow.inverse(glow(x)[0])
+
+
+def test_a_failed_initialisation_can_be_repeated():
+    torch.manual_seed(0)
+    glow = Glow(num_levels=2, num_steps=2, hidden_channels=8)
+    before = {k: v.clone() for k, v in glow.state_dict().items()}
+    with pytest.raises(ValueError, match="standard deviation"):
+        glow.initialize(torch.rand(1, 3, 4, 4))
+    assert not glow.initialized and all(torch.equal(v, before[k]) for k, v in glow.state_dict().items())
+    glow.initialize(torch.rand(16, 3, 8, 8))
+    assert glow.initialized
+
+
+def test_numpy_sizes_and_empty_batches():
+    two = np.int64(2)
+    glow = Glow(num_levels=two, num_steps=two, hidden_channels=np.array([4, 4]), last_level_steps=np.int32(1))
+    assert len(glow.levels) == 2 and glow.latent_shapes(np.int64(8)) == glow.latent_shapes((8, 8))
+    assert all(type(value) in (int, list, str, float, bool, type(None)) for value in glow.config.values())
+    empty = torch.zeros(0, 3, 8, 8)
+    for mode in ("plain", "reversible", "checkpoint"):
+        set_memory(glow, mode)
+        latents, log_det = glow(empty)
+        assert glow.inverse(latents)[0].shape == (0, 3, 8, 8) and log_det.shape == glow.bits_per_dim(empty).shape == (0,)
+    with torch.no_grad():
+        assert glow.sample(0, np.int64(8)).shape == (0, 3, 8, 8)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Stands for a device that has no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            raise TypeError("no float64 on this device")
+        return result
+
+
+def test_devices_without_float64():
+    with WithoutFloat64():
+        glow = small_glow(torch.float32)
+        x = torch.rand(2, 3, 8, 8) - 0.5
+        assert (glow.inverse(glow(x)[0])[0] - x).abs().max() < 1e-4
+        blurred = Blur().A(x)
+    torch.testing.assert_close(blurred, Blur().A(x))
+    blur = Blur()
+    with WithoutFloat64():
+        blur.to(torch.device("meta"))  # as .to("mps") meets it
+    assert blur.kernel.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_function_transforms():
+    glow = small_glow(torch.float32)
+    x = torch.rand(3, 3, 8, 8) - 0.5
+    torch.testing.assert_close(torch.func.vmap(lambda v: glow.log_prob(v[None])[0])(x), glow.log_prob(x))
+    twins = [small_glow(torch.float32), glow]
+    parameters, buffers = torch.func.stack_module_state(twins)
+    run = torch.func.vmap(lambda p, b: torch.func.functional_call(glow, (p, b), (x,))[1])
+    torch.testing.assert_close(run(parameters, buffers)[1], glow(x)[1])
+    glow.requires_grad_(False)
+    score = torch.func.grad(lambda v: glow.log_prob(v).sum())(x)
+    assert score.shape == x.shape
+    assert torch.equal(copy.deepcopy(glow)(x)[1], glow(x)[1])
+
+
+@pytest.mark.parametrize("make", [lambda: GlowProx(small_glow(torch.float32)), lambda: UNetProx(2), lambda: ResNetProx(4)])
+def test_parameters_are_contiguous(make):
+    """So that torch.optim.LBFGS and parameters_to_vector take them."""
+    solver = UnfoldedPGD([make()], torch.zeros(1, 3, 16, 16))
+    torch.nn.utils.parameters_to_vector(solver.parameters())
+    x = torch.rand(2, 3, 16, 16)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (solver.proxes[0](x, 0.1) - x).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer = torch.optim.LBFGS(solver.parameters(), max_iter=2)
+    optimizer.step(closure)
+
+
+def test_contiguous_squeeze_and_scale_bias():
+    glow = small_glow(scale="sigmoid", scale_bias=(0.1, 1.0), contiguous_squeeze=(True, False))
+    x = torch.rand(1, 3, 8, 8, dtype=torch.float64) - 0.5
+    latents, log_det = glow(x)
+    torch.testing.assert_close(glow.inverse(latents)[0], x)
+    flat = lambda t: torch.cat([z.flatten() for z in glow(t)[0]])  # noqa: E731
+    torch.testing.assert_close(log_det[0], jacobian_log_det(flat, x))
+    assert torch.equal(Squeeze(contiguous=True).inverse(Squeeze(contiguous=True)(x)), x)
+    with pytest.raises(ValueError, match="scale_bias goes with sigmoid"):
+        Glow(num_levels=1, scale_bias=0.1)

@@ -16,6 +16,9 @@ OPERATORS = {
 }
 
 
+INTEGERS = torch.zeros(1, 3, 16, 12, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 def test_adjoint(operator):
     generator = torch.Generator().manual_seed(0)
@@ -63,8 +66,25 @@ def test_noise_follows_its_generator_and_level():
         (lambda: Blur(5.0, 8), "kernel_size must be odd"),
         (lambda: Blur(5.0, 9, "wrap"), "choose one of circular, zero, reflect"),
         (lambda: Blur(5.0, 33).A(torch.zeros(1, 3, 16, 16)), "reaches beyond"),
+        *[(lambda sigma_b=b: Blur(sigma_b), "sigma_b must be positive") for b in (0.0, -1.0, float("nan"))],
+        *[(lambda o=o: o.A(INTEGERS), "floating-point images, got torch.uint8") for o in OPERATORS.values()],
+        *[(lambda o=o: o.A_adjoint(INTEGERS), "floating-point") for o in OPERATORS.values()],
+        (lambda: Denoising().measure(INTEGERS), "floating-point"),
+        (lambda: Inpainting.from_mask(torch.ones(2, 1, 8, 8)).A(torch.zeros(1, 3, 8, 8)), "do not fit the mask"),
+        (lambda: Inpainting.from_mask(torch.ones(3, 8, 8)).A(torch.zeros(1, 1, 8, 8)), "do not fit the mask"),
     ],
 )
 def test_errors_name_the_fault(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (3, 8, 8), (1, 1, 8, 8), (2, 1, 8, 8), (2, 3, 8, 8)])
+def test_masks_of_all_images_or_of_each(shape):
+    mask = torch.rand(shape) > 0.5
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(Inpainting.from_mask(mask).A(x), x * mask)
+
+
+def test_sizes_from_numpy():
+    assert torch.equal(Inpainting(np.int64(3), np.int64(8)).mask, Inpainting(3, (8, 8)).mask)

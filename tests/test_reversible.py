@@ -1,11 +1,12 @@
-"""Invertible backpropagation: the gradients of plain backpropagation, in memory that does not grow with depth."""
+"""Invertible backpropagation: the gradients of plain backpropagation, in memory that does not grow with
+depth."""
 
 import pytest
 import torch
+from torch.nn.utils import parametrizations
 
-from flowlib import Glow, GlowProx, Inpainting, UnfoldedPGD
-from flowlib import set_memory
-from flowlib.metrics import kept_bytes
+from companion.memory import kept_bytes
+from flowlib import Glow, GlowProx, Inpainting, UnfoldedPGD, set_memory
 from tests.test_flow import randomize, small_glow
 
 
@@ -26,7 +27,9 @@ def assert_same_gradients(model, loss, x, tolerance):
 
 LOSSES = {
     "forward": lambda glow, x: glow.bits_per_dim(x).mean() + sum((z**3).mean() for z in glow(x)[0]),
-    "inverse": lambda glow, x: sum((t**3).mean() for t in glow.inverse([x, x[:, :, ::2, ::2].repeat(1, 4, 1, 1)])),
+    "inverse": lambda glow, x: sum(
+        (t**3).mean() for t in glow.inverse([x, x[:, :, ::2, ::2].repeat(1, 4, 1, 1)])
+    ),
     "both": lambda glow, x: (glow.inverse([z * 0.9 for z in glow(x)[0]])[0] ** 3).sum(),
 }
 
@@ -98,6 +101,64 @@ def test_frozen_flows():
 
         for expected, ours in zip(found("plain"), found("reversible")):
             torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_parametrised_weights(frozen):
+    """An orthogonal 1x1 convolution, a weight-normalised net: weights that are computed from others, some of them frozen."""
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64) - 0.5
+    glow = small_glow()
+    parametrizations.orthogonal(glow.levels[0][0].invconv, "weight")
+    parametrizations.weight_norm(glow.levels[1][0].coupling.net.conv2, "weight")
+    if frozen:
+        glow.levels[0][0].invconv.requires_grad_(False)
+        glow.levels[1][0].coupling.net.conv2.parametrizations.weight.original0.requires_grad_(False)
+
+    def found(mode):
+        set_memory(glow, mode)
+        glow.zero_grad(set_to_none=False)
+        LOSSES["both"](glow, x).backward()
+        return {name: p.grad.clone() for name, p in glow.named_parameters() if p.requires_grad}
+
+    plain, ours = found("plain"), found("reversible")
+    for name, expected in plain.items():
+        torch.testing.assert_close(ours[name], expected, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["plain", "reversible", "checkpoint"])
+def test_autocast_leaves_the_affine_maps_alone(mode):
+    """Also where the backward pass runs under it, or the image comes from a layer that it made 16 bits wide."""
+    glow = small_glow(torch.float32)
+    x = torch.rand(2, 3, 8, 8) - 0.5
+    expected = gradients(glow, LOSSES["both"], x, mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        set_memory(glow, mode)
+        t = x.clone().requires_grad_()
+        glow.zero_grad()
+        loss = LOSSES["both"](glow, t)
+        if mode == "reversible":
+            loss.backward()
+        latents, log_det = glow(x.bfloat16())
+        assert latents[0].dtype == log_det.dtype == torch.float32
+        prox = GlowProx(glow)(x, 0.1)
+    if mode != "reversible":  # what autograd itself does going back, autocast would do in 16 bits
+        loss.backward()
+    for ours, theirs in zip([t.grad, *[p.grad for p in glow.parameters()]], expected):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(prox, GlowProx(glow)(x, 0.1))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_half_precision_chain(inverse):
+    """Log-determinants are summed in float32, images and gradients keep their 16 bits."""
+    glow = small_glow(torch.bfloat16)
+    set_memory(glow, "reversible")
+    latents, log_det = glow(torch.rand(2, 3, 8, 8, dtype=torch.bfloat16) - 0.5)
+    if inverse:
+        latents, log_det = glow.inverse([z.detach() for z in latents])
+    (log_det.sum() + latents[0].float().sum()).backward()
+    assert log_det.dtype == torch.float32 and latents[0].dtype == torch.bfloat16
+    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.bfloat16 for p in glow.parameters())
 
 
 def test_second_derivatives_are_refused():

@@ -1,5 +1,6 @@
-"""Which models the book is made from: kept ones where there are any, trained ones otherwise. Dry runs, nothing is computed."""
+"""What is made again when something changes. Notebooks are executed for real, at the profile smoke."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,53 +10,102 @@ import pytest
 
 from tests.conftest import ROOT
 
-KEPT = ("flow", "v2/inpainting-glow", "v2/denoising-0.1-glow")
+PAGE = "build/executed/in_distribution-inpainting.ipynb"
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A copy of the project with stand-ins for kept checkpoints of the smoke profile."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("flowlib", "notebooks", "book"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    """A copy of the project, in a folder with a space in its name."""
+    folder = tmp_path_factory.mktemp("my project")
+    for name in ("flowlib", "companion", "data", "notebooks", "book"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.zip"))
     for name in ("Snakefile", "_config.yml", "_toc.yml", "package.json", "package-lock.json"):
         shutil.copy(ROOT / name, folder)
-    for name in KEPT:
-        for path in (f"checkpoints/smoke-synthetic-s0/{name}.safetensors", f"runs/smoke-synthetic-s0/{name}.json"):
-            (folder / "results" / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "results" / path).touch()
+    (folder / "results/runs").mkdir(parents=True)
+    shutil.copy(ROOT / "results/paper.csv", folder / "results")
     return folder
 
 
-def planned(project, **config):
-    """{rule: outputs} of the jobs that Snakemake would run."""
-    settings = [f"{key}={value}" for key, value in ({"profile": "smoke"} | config).items()]
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--config", *settings]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+def snakemake(project, *targets, dry=False, **config):
+    settings = [f'{key}="{value}"' for key, value in ({"profile": "smoke"} | config).items()]
+    options = ["--dry-run"] if dry else []
+    command = [sys.executable, "-m", "snakemake", *targets, *options, "--cores", "2", "--config", *settings]
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    jobs = {}
-    for rule, outputs in re.findall(r"rule (\w+):\n(?:    input: .*\n)?    output: (.*)", done.stdout):
-        jobs.setdefault(rule, []).append(outputs)
-    return jobs
+    return done.stdout + done.stderr
 
 
-def test_kept_models_are_restored_and_nothing_is_trained(project):
-    jobs = planned(project)
-    assert sorted(jobs["restore"]) == [
-        f"build/runs/smoke-synthetic-s0/v2/{name}/record.json" for name in ("denoising-0.1-glow", "inpainting-glow")
-    ]
-    assert "train" not in jobs and "pretrain" not in jobs
-    assert len(jobs["restore_flow"]) == 1 and "flow/model.safetensors" in jobs["restore_flow"][0]
-    assert len(jobs["pretrain_noisy"]) == 1  # that one is not kept
+def made(project):
+    """{name of a run: when its record was written}, of the newest of each name."""
+    times = {}
+    for path in (project / "build/runs").rglob("record.json"):
+        name = re.sub(r"-[0-9a-f]{10}$", "", path.parent.name)
+        times[name] = max(times.get(name, 0), path.stat().st_mtime_ns)
+    return times
 
 
-def test_retrain_ignores_kept_models(project):
-    jobs = planned(project, retrain=1)
-    assert "restore" not in jobs and "restore_flow" not in jobs
-    assert len(jobs["train"]) == 11 and len(jobs["pretrain"]) == 1
+def edit(project, file, old, new):
+    path = project / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
 
 
-def test_another_experiment_is_trained(project):
-    jobs = planned(project, edition="v1")
-    assert "restore" not in jobs and len(jobs["train"]) == 11
-    assert "restore_flow" in jobs  # the editions share their flow
+def test_only_what_is_affected_is_made_again(project):
+    snakemake(project, PAGE)
+    first = made(project)
+    assert set(first) == {"flow", "flow-noisy", "inpainting-resnet", "inpainting-unet", "inpainting-glow"}
+
+    def changed():
+        nonlocal first
+        snakemake(project, PAGE)
+        second = made(project)
+        names = {name for name in second if second[name] != first.get(name)}
+        first = second
+        return names
+
+    settings = "companion/settings.py"
+    rate = "network: Training(num_steps=4, batch_size=4, lr="
+    edit(project, settings, rate + "1e-3", rate + "{'unet': 2e-3}.get(network, 1e-3)")
+    assert changed() == {"inpainting-unet"}  # a changed learning rate
+    edit(
+        project,
+        settings,
+        "num_levels=2, num_steps=1, hidden_channels=8",
+        "num_levels=2, num_steps=1, hidden_channels=6",
+    )
+    assert changed() == {"flow", "flow-noisy", "inpainting-glow"}  # a changed flow
+    edit(project, "companion/figures.py", "WIDTH = 5.2", "WIDTH = 5.3")
+    assert changed() == set()  # figures change no number
+    edit(project, "flowlib/prox.py", "z / (1 + shrinkage)", "z / (1 + 1.01 * shrinkage)")
+    assert changed() == set(first)  # a changed proximal mapping: a code that all trainings may depend on
+    edit(project, "companion/__main__.py", "SYNTHETIC_IMAGES = 2400", "SYNTHETIC_IMAGES = 2300")
+    shutil.rmtree(project / "build/data/synthetic")
+    assert changed() == set(first)  # other images
+
+
+def test_a_cluster_is_told_what_a_page_needs(project):
+    """The same DAG with a profile for a cluster; a dry run, as no cluster is here."""
+    found = snakemake(project, dry=True, profile="paper")
+    jobs = re.findall(r"rule (page_\w+):.*?resources: ([^\n]*)", found, re.DOTALL)
+    resources = dict(jobs)
+    assert (
+        "gpu=1" in resources["page_in_distribution_inpainting"]
+        and "runtime=1440" in resources["page_pretrain_flow"]
+    )
+    assert "gpu=1" not in resources["page_tables"]
+
+
+@pytest.mark.parametrize("name", ["2024", "2024_05_12", "007", "3.10", "my photos"])
+def test_names_that_look_like_numbers_stay_names(project, name):
+    found = snakemake(project, dry=True, dataset=name)
+    assert f"build/data/{name}/manifest.json" in found
+
+
+def test_every_edition_and_profile_has_a_plan(project):
+    for edition in ("v1", "v2"):
+        for profile in ("demo", "cpu"):
+            assert "page_in_distribution_deblurring" in snakemake(
+                project, dry=True, profile=profile, edition=edition
+            )

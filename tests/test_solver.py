@@ -1,9 +1,11 @@
 """Proximal mappings and the unfolded solver: the formula of one fold, gradients, fold reports, sizes."""
 
+import numpy as np
 import pytest
 import torch
 
 from flowlib import Denoising, Glow, GlowProx, Inpainting, ResNetProx, UNetProx, UnfoldedPGD, psnr, ssim
+from flowlib.images import dequantize, to_tensor, to_uint8
 from flowlib.solver import find_nonfinite_fold
 from tests.test_flow import randomize
 
@@ -74,7 +76,9 @@ def test_every_parameter_gets_a_gradient(kind):
     else:
         torch.manual_seed(0)
         make = {"unet": lambda: UNetProx(width=2), "resnet": lambda: ResNetProx(width=4)}[kind]
-        solver = UnfoldedPGD([make().double() for _ in range(2)], torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+        solver = UnfoldedPGD(
+            [make().double() for _ in range(2)], torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+        )
     x, operator, y = measurement()
     (solver(y, operator) - x).square().mean().backward()
     for name, parameter in solver.named_parameters():
@@ -115,3 +119,52 @@ def test_psnr_and_ssim():
     torch.testing.assert_close(psnr(noisy, x), torch.tensor([20.0, 40.0]), atol=1e-3, rtol=0)
     image = torch.rand(1, 3, 16, 16)
     assert ssim(image, image)[0] == 1 and ssim(image, 1 - image)[0] < 0.5
+    for wrong in (image[:, :1], image.expand(3, -1, -1, -1), image[0]):
+        for metric in (psnr, ssim):
+            with pytest.raises(ValueError, match="of one shape"):
+                metric(wrong, image)
+    assert 79 < psnr(image.half() * 0 + 1e-4, image.half() * 0)[0] < 81 and psnr(image[:0], image[:0]).shape == (0,)
+
+
+class Clip(torch.nn.Module):
+    """A user's own prox: just a forward."""
+
+    def forward(self, x, shrinkage):
+        assert shrinkage is None
+        return x.clamp(-0.5, 0.5)
+
+
+def test_a_prox_of_ones_own():
+    x, operator, y = measurement()
+    solver = UnfoldedPGD([Clip(), Clip()], torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+    x_hat, folds = solver(y, operator, return_folds=True)
+    assert torch.equal(x_hat, folds[-1].x) and folds[0].latent_norm is None and folds[0].log_prob is None
+    assert [name for name, _ in solver.named_parameters()] == ["step_size"]
+
+
+def test_folds_of_other_kinds():
+    x, operator, y = measurement()
+    glow = small_solver().proxes[0]
+
+    class Unconcerned(Clip):
+        def forward(self, x, shrinkage):
+            return x.clamp(-0.5, 0.5)
+
+    solver = UnfoldedPGD([Unconcerned(), glow, UNetProx(2).double()], torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+    x_hat, folds = solver(y, operator, return_folds=True)
+    assert [fold.latent_norm is None for fold in folds] == [True, False, True]
+    assert folds[1].latent_norm.shape == (2,)
+
+
+def test_a_solver_needs_a_prox():
+    with pytest.raises(ValueError, match="one prox for each of its folds"):
+        UnfoldedPGD([], torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("convert", [to_tensor, dequantize])
+def test_only_grey_levels_become_tensors(convert):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    for wrong in (pixels / 255, pixels.astype(np.int64), pixels[0]):
+        with pytest.raises(ValueError, match="expected uint8 images"):
+            convert(wrong)
+    assert np.array_equal(to_uint8(to_tensor(pixels)), pixels)

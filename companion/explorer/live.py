@@ -30,10 +30,11 @@ ZOOM = 2
 
 
 class Explorer(widgets.VBox):
-    """Choose a task, an image or your own, and a trained method of this build; move its scalars; see all folds.
+    """Choose a task, an image or your own, and a trained method of this build; move its scalars; see all
+    folds.
 
-    delay: seconds without another change before anything is computed, so that a moving slider does not pile up work.
-    Raises FileNotFoundError where nothing is trained."""
+    delay: seconds without another change before anything is computed, so that a moving slider does not pile
+    up work. Raises FileNotFoundError where nothing is trained."""
 
     def __init__(self, experiment, delay=0.05):
         self.experiment, self.delay, self._timer, self._held = experiment, delay, None, False
@@ -71,7 +72,9 @@ class Explorer(widgets.VBox):
                 widgets.HBox([self.task, self.method], layout=widgets.Layout(flex_flow="row wrap")),
                 widgets.HBox([self.image, self.upload], layout=widgets.Layout(flex_flow="row wrap")),
                 widgets.HBox([self.setting, self.seed], layout=widgets.Layout(flex_flow="row wrap")),
-                widgets.HBox([self.scale, self.shift, self.reset], layout=widgets.Layout(flex_flow="row wrap")),
+                widgets.HBox(
+                    [self.scale, self.shift, self.reset], layout=widgets.Layout(flex_flow="row wrap")
+                ),
                 self.folds,
                 self.panels,
                 self.plot,
@@ -99,7 +102,12 @@ class Explorer(widgets.VBox):
             # A slider refuses bounds that its value does not fit, so they are opened first.
             self.setting.min, self.setting.max = min(low, self.setting.value), max(high, self.setting.value)
             self.setting.value = trained
-            self.setting.min, self.setting.max, self.setting.step, self.setting.description = low, high, step, name
+            self.setting.min, self.setting.max, self.setting.step, self.setting.description = (
+                low,
+                high,
+                step,
+                name,
+            )
             self.seed.layout.display = None if name == "noise σ" else "none"
             methods = [method for task, method in self.trained if task == self.task.value]
             self.method.options = [(METHODS[m].label, m) for m in methods]
@@ -205,7 +213,9 @@ class Explorer(widgets.VBox):
     @staticmethod
     def _panel(name, image, text):
         array = figures.pixels(image[0].nan_to_num()).repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)
-        return widgets.VBox([widgets.Image(value=_png(array), format="png"), widgets.HTML(f"{name}<br>{text}")])
+        return widgets.VBox(
+            [widgets.Image(value=_png(array), format="png"), widgets.HTML(f"{name}<br>{text}")]
+        )
 
 
 def _png(array):

@@ -1,6 +1,8 @@
-"""The explorer of λ and μ for the book's page: a precomputed grid of reconstructions, and the solver itself as ONNX.
+"""The explorer of λ and μ for the book's page: a precomputed grid of reconstructions, and the solver itself
+as ONNX.
 
-What is shown and computed in the browser is in explorer.js, which a notebook can load too, through anywidget (`GridExplorer`)."""
+What is shown and computed in the browser is in explorer.js, which a notebook can load too, through anywidget
+(`GridExplorer`)."""
 
 import base64
 import json
@@ -17,7 +19,7 @@ from tqdm.auto import tqdm
 from companion.figures import pixels
 from companion.files import write_json
 from companion.runs import is_finished, load
-from companion.settings import METHODS, TASKS
+from companion.settings import TASKS
 from companion.training import model_path
 from flowlib.export import export_onnx
 from flowlib.files import write_atomically
@@ -32,8 +34,8 @@ HERE = Path(__file__).parent
 
 
 def normals(seed, shape):
-    """Standard normal numbers, the same as explorer.js draws from the same seed: a counter, an integer hash (mulberry32), and
-    Box and Muller's formula."""
+    """Standard normal numbers, the same as explorer.js draws from the same seed: a counter, an integer hash
+    (mulberry32), and Box and Muller's formula."""
     count = np.arange(2 * int(np.prod(shape)), dtype=np.uint32)
     a = np.uint32((seed + 1) * 0x9E3779B9 % 2**32) + (count + np.uint32(1)) * np.uint32(0x6D2B79F5)
     t = (a ^ (a >> np.uint32(15))) * (a | np.uint32(1))
@@ -50,45 +52,56 @@ def measure(operator, x, seed):
 
 
 def solve_with(solver, step_size, shrinkage, y, operator, **options):
-    """The solver's answer with other step sizes and shrinkages, (K,) or (K, B, 1, 1, 1) for a batch of B; its own stay.
-    shrinkage is None for proxes that have none."""
+    """The solver's answer with other step sizes and shrinkages, (K,) or (K, B, 1, 1, 1) for a batch of B;
+    its own stay. shrinkage is None for proxes that have none."""
     scalars = {"step_size": step_size} | ({} if shrinkage is None else {"shrinkage": shrinkage})
     return functional_call(solver, scalars, (y, operator), options)
 
 
 @torch.no_grad()
 def grid(solver, operator, x, seed=0):
-    """Reconstructions of one image x (1, C, H, W) with every pair of SHIFTS and SCALES: (len(SHIFTS), len(SCALES), C, H, W)."""
+    """Reconstructions of one image x (1, C, H, W) with every pair of SHIFTS and SCALES: (len(SHIFTS),
+    len(SCALES), C, H, W)."""
     y = measure(operator, x, seed).expand(len(SCALES), -1, -1, -1)
     scales = torch.tensor(SCALES).reshape(1, -1, 1, 1, 1)
     step_size = solver.step_size.reshape(-1, 1, 1, 1, 1) * scales
-    return torch.stack([solve_with(solver, step_size, solver.shrinkage + shift, y, operator) for shift in SHIFTS])
+    return torch.stack(
+        [solve_with(solver, step_size, solver.shrinkage + shift, y, operator) for shift in SHIFTS]
+    )
 
 
 def write_explorer(experiment):
-    """Writes build/explorer/: for every task that has one a sprite of the grid (webp) and the flow solver (onnx), and
-    config.json with all numbers. Raises FileNotFoundError where no solver is trained."""
+    """Writes build/explorer/: for every task that has one a sprite of the grid (webp) and the flow solver
+    (onnx), and config.json with all numbers. Raises FileNotFoundError where no solver is trained."""
     out, tasks = experiment.build / "explorer", []
     images = to_tensor(experiment.split("test")[:NUM_IMAGES])
     for task, methods in SHOWN.items():
         runs = [experiment.solver(task, method) for method in methods]
-        run = next((run for run in runs if is_finished(experiment, run) and model_path(experiment, run).exists()), None)
+        run = next(
+            (run for run in runs if is_finished(experiment, run) and model_path(experiment, run).exists()),
+            None,
+        )
         if run is None:
             continue  # not trained, or diverged
         solver = load(experiment, run)
         operator = TASKS[task].make_operator(images.shape[-1])
         answers = torch.stack(
-            [grid(solver, operator, x[None], seed) for seed, x in enumerate(tqdm(images, desc=f"grid {task}"))]
+            [
+                grid(solver, operator, x[None], seed)
+                for seed, x in enumerate(tqdm(images, desc=f"grid {task}"))
+            ]
         )
         quality = psnr(answers.flatten(0, 2), images.repeat_interleave(len(SHIFTS) * len(SCALES), 0))
-        rows = [np.concatenate([pixels(x) for x in row.nan_to_num()], axis=1) for row in answers.flatten(0, 1)]
+        rows = [
+            np.concatenate([pixels(x) for x in row.nan_to_num()], axis=1) for row in answers.flatten(0, 1)
+        ]
         _write_image(out / f"{task}.webp", np.concatenate(rows), quality=90)
         export_onnx(solver, task, out / f"{task}.onnx")
         tasks.append(
             {
                 "task": task,
                 "label": TASKS[task].kind.capitalize(),
-                "method": METHODS[run.method].short,
+                "method": run.method,
                 "sprite": f"{task}.webp",
                 "onnx": f"{task}.onnx",
                 "mu": solver.step_size.tolist(),
@@ -101,18 +114,26 @@ def write_explorer(experiment):
             }
         )
     if not tasks:
-        raise FileNotFoundError(f"no flow solver in {experiment.build}: make one (python -m companion run --run inpainting-glow)")
+        raise FileNotFoundError(
+            f"no flow solver in {experiment.build}: make one (python -m companion run --run inpainting-glow)"
+        )
     _write_image(out / "originals.png", np.concatenate([pixels(x) for x in images], axis=1))
     labels = [f"test image {i + 1}" for i in range(len(images))]
     write_json(
         out / "config.json",
-        {"tasks": tasks, "scales": SCALES, "shifts": SHIFTS, "labels": labels, "experiment": experiment.names},
+        {
+            "tasks": tasks,
+            "scales": SCALES,
+            "shifts": SHIFTS,
+            "labels": labels,
+            "experiment": experiment.names,
+        },
     )
 
 
 def tiles(folder, task):
-    """The reconstructions of the first image that write_explorer put into a sprite, as uint8 images, row by row; none where the
-    task has no solver."""
+    """The reconstructions of the first image that write_explorer put into a sprite, as uint8 images, row by
+    row; none where the task has no solver."""
     path = Path(folder) / f"{task}.webp"
     if not path.exists():
         return [np.full((64, 64, 3), 255, np.uint8)]
@@ -139,15 +160,17 @@ def _data_url(path):
 
 def _config(folder):
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"no explorer in {folder}: run python -m flowlib explorer")
+        raise FileNotFoundError(f"no explorer in {folder}: run python -m companion explorer")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # Inline, because a page that was opened as a file may not read the pixels of another file.
     return config | {"originals": _data_url(folder / "originals.png")}
 
 
 def page(folder, address, ort=None):
-    """HTML of the explorer for a static page. folder: what write_explorer wrote; address: where the page finds these files; ort:
-    where it finds onnxruntime-web's module, None if it does not. Scripts are inline, so that it works from file:// too."""
+    """HTML of the explorer for a static page. folder: what write_explorer wrote; address: where the page
+    finds these files; ort:
+    where it finds onnxruntime-web's module, None if it does not. Scripts are inline, so that it works from
+    file:// too."""
     config = _config(Path(folder)) | {"ort": ort, "reason": "this book was built without npm"}
     for task in config["tasks"]:
         task |= {key: f"{address}/{task[key]}" for key in ("sprite", "onnx")}
@@ -155,21 +178,27 @@ def page(folder, address, ort=None):
     script = (HERE / "explorer.js").read_text(encoding="utf-8")
     return (
         f"<style>{(HERE / 'explorer.css').read_text(encoding='utf-8')}</style>"
-        '<div id="flow-explorer"><noscript>This explorer needs JavaScript. The figures below show its grids.</noscript></div>'
+        '<div id="flow-explorer"><noscript>This explorer needs JavaScript. '
+        "The figures below show its grids.</noscript></div>"
         f'<script type="module" async>{script}\n'
-        f'render({{ model: {{ get: () => ({text}) }}, el: document.getElementById("flow-explorer") }});</script>'
+        f"render({{ model: {{ get: () => ({text}) }}, "
+        'el: document.getElementById("flow-explorer") });</script>'
     )
 
 
 class GridExplorer(anywidget.AnyWidget):
-    """The same explorer as a widget in a notebook, with the precomputed grid only; folder: what write_explorer wrote."""
+    """The same explorer as a widget in a notebook, with the precomputed grid only; folder: what
+    write_explorer wrote."""
 
     _esm = HERE / "explorer.js"
     _css = HERE / "explorer.css"
     config = traitlets.Dict().tag(sync=True)
 
     def __init__(self, folder):
-        config = _config(Path(folder)) | {"ort": None, "reason": "in a notebook, companion.explorer.live.Explorer has one"}
+        config = _config(Path(folder)) | {
+            "ort": None,
+            "reason": "in a notebook, companion.explorer.live.Explorer has one",
+        }
         for task in config["tasks"]:
             task |= {"sprite": _data_url(Path(folder) / task["sprite"])}
         super().__init__(config=config)

@@ -1,0 +1,30 @@
+"""Runs Snakemake on the project's Snakefile, one build of a folder at a time."""
+
+import fcntl
+import json
+import subprocess
+import sys
+
+from companion.paths import ROOT, build_folder
+
+
+def build_book(build: str, **choice) -> int:
+    """Builds the book and what it needs; the exit code. A build that was killed is gone on with: its lock,
+    which the kernel frees, is ours, so that Snakemake's own can be taken away."""
+    folder = build_folder(build)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Names as JSON strings: Snakemake takes 2024_05_12 for a number.
+    settings = [f"{key}={json.dumps(str(value))}" for key, value in (choice | {"build": build}).items()]
+    snakemake = [sys.executable, "-m", "snakemake", "--cores", "all", "--rerun-incomplete"]
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(
+                f"another build of {folder} is running: wait for it, or choose another BUILD", file=sys.stderr
+            )
+            return 2
+        subprocess.run(
+            [*snakemake, "--unlock", "--quiet", "--config", *settings], cwd=ROOT, stderr=subprocess.DEVNULL
+        )
+        return subprocess.run([*snakemake, "--config", *settings], cwd=ROOT).returncode

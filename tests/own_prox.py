@@ -1,0 +1,34 @@
+"""A prox as a user writes one, in a module that can be imported again."""
+
+import torch
+
+
+class Scale(torch.nn.Module):
+    """Just a forward, and what saving needs: config and from_config."""
+
+    def __init__(self, start, size=1):
+        super().__init__()
+        self.config = {"start": start, "size": size}
+        self.factor = torch.nn.Parameter(torch.full((size,), float(start)))
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+    def forward(self, x, shrinkage):
+        return self.factor.mean() * x
+
+
+class Mute(torch.nn.Module):
+    """One that cannot be described."""
+
+    def forward(self, x, shrinkage):
+        return x
+
+
+class NoModule:
+    """What a file might name although it is no network."""
+
+    @classmethod
+    def from_config(cls, config):
+        raise AssertionError("never called")

@@ -1,0 +1,274 @@
+"""Runs: what is made is found again, what is kept is restored where it fits, and nothing stale is shown."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import data
+from companion import paths, records, runs, settings, tables
+from companion.__main__ import main
+from companion.experiment import Experiment
+from companion.training import model_path
+from flowlib.checkpoints import load_tensors
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A results folder of our own."""
+    folder = tmp_path / "results"
+    for module in (paths, records, runs, tables):
+        monkeypatch.setattr(module, "RESULTS", folder)
+    folder.mkdir()
+    shutil.copy(ROOT / "results/paper.csv", folder)
+    return folder
+
+
+@pytest.fixture
+def smoke(tmp_path, results):
+    experiment = Experiment("smoke", build=tmp_path / "build")
+    data.prepare_synthetic(experiment.build / "data" / "synthetic", num_images=40)
+    return experiment
+
+
+def forbid_training(monkeypatch):
+    def train(*_):
+        raise AssertionError("nothing is to be trained here")
+
+    monkeypatch.setattr(runs, "train", train)
+
+
+def test_a_finished_run_is_found_again(smoke, monkeypatch):
+    run = smoke.solver("denoising", "resnet")
+    record = runs.ensure(smoke, run)
+    assert record["settings_hash"] == run.settings_hash and record["settings"] == run.as_dict()
+    assert not (smoke.directory(run) / "resume.safetensors").exists()
+    forbid_training(monkeypatch)
+    assert runs.ensure(smoke, run) == record and runs.is_finished(smoke, run)
+
+
+def test_other_settings_are_another_run(smoke):
+    run = smoke.solver("inpainting", "glow")
+    for overrides in (
+        dict(lr=1e-4),
+        dict(num_steps=5),
+        dict(num_folds=2),
+        dict(flow=dict(num_levels=2, num_steps=2)),
+    ):
+        other = Experiment("smoke", build=smoke.build, **overrides).solver("inpainting", "glow")
+        assert other.settings_hash != run.settings_hash and smoke.directory(other) != smoke.directory(run)
+    # A changed flow is another start of those that start from it, and of no others.
+    other = Experiment("smoke", build=smoke.build, flow=dict(num_levels=2, num_steps=2))
+    assert (
+        other.solver("inpainting", "unet").settings_hash == smoke.solver("inpainting", "unet").settings_hash
+    )
+    # How often a run saves itself changes no number.
+    saved_often = replace(run, training=replace(run.training, checkpoint_minutes=1))
+    assert saved_often.settings_hash == run.settings_hash
+
+
+def test_changed_code_is_another_run_changed_metrics_another_evaluation(smoke, monkeypatch):
+    run = smoke.solver("denoising", "resnet")
+    before = runs.ensure(smoke, run)
+    monkeypatch.setattr(runs, "evaluation_code", lambda: "new metrics")
+    monkeypatch.setattr(records, "evaluation_code", lambda: "new metrics")
+    with monkeypatch.context() as inner:
+        forbid_training(inner)
+        again = runs.ensure(smoke, run)
+    assert again["evaluation_code"] == "new metrics" and again["psnr"] == before["psnr"]
+    folder = smoke.directory(run)
+    monkeypatch.setattr(settings, "training_code", lambda: "new prox")
+    assert smoke.directory(run) != folder and not runs.is_finished(smoke, run)
+
+
+def test_comments_and_docstrings_are_no_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
+    path = tmp_path / "a.py"
+
+    def hash_of(text):
+        path.write_text(text)
+        return settings._code_hash(["a.py"])
+
+    first = hash_of('"""Doc."""\ndef f(x):\n    """Doc."""\n    return x + 1\n')
+    assert hash_of("def f(x):  # comment\n\n    return x + 1\n") == first
+    assert hash_of("def f(x):\n    return x + 2\n") != first
+
+
+def test_other_images_are_trained_on_anew(smoke):
+    run = smoke.solver("denoising", "resnet")
+    before = runs.ensure(smoke, run)
+    data.prepare_synthetic(smoke.build / "data" / "synthetic", num_images=40, seed=1)
+    assert not runs.is_finished(smoke, run)
+    after = runs.ensure(smoke, run)
+    assert (
+        after["data"]["pixels_sha256"] != before["data"]["pixels_sha256"] and after["psnr"] != before["psnr"]
+    )
+
+
+def test_kept_models_are_restored_where_they_fit(smoke, results, monkeypatch):
+    run = smoke.solver("denoising", "resnet")
+    record = runs.ensure(smoke, run)
+    runs.publish(smoke, run, ship=True)
+    forget = lambda: shutil.rmtree(smoke.build / "runs")  # noqa: E731
+    forget()
+    with monkeypatch.context() as inner:
+        forbid_training(inner)
+        restored = runs.ensure(smoke, run)
+        assert restored["kept"] and restored["psnr"] == record["psnr"] and model_path(smoke, run).exists()
+        # Other settings do not fit.
+        with pytest.raises(AssertionError, match="nothing is to be trained"):
+            runs.ensure(smoke, replace(run, seed=1))
+        # Nor do other images, nor is anything kept used with RETRAIN=1.
+        inner.setenv("RETRAIN", "1")
+        with pytest.raises(AssertionError, match="nothing is to be trained"):
+            runs.ensure(smoke, run)
+        inner.delenv("RETRAIN")
+        forget()
+        data.prepare_synthetic(smoke.build / "data" / "synthetic", num_images=40, seed=1)
+        with pytest.raises(AssertionError, match="nothing is to be trained"):
+            runs.ensure(smoke, run)
+    assert runs.publish(smoke, run) if runs.is_finished(smoke, run) else True
+
+
+def test_verify_tells_what_does_not_give_its_number(smoke, results, capsys):
+    run = smoke.solver("denoising", "resnet")
+    for shipped in (smoke.flow(), run):
+        runs.ensure(smoke, shipped)
+        runs.publish(smoke, shipped, ship=True)
+    assert main(["verify", "--build", str(smoke.build)]) == 0
+    path, _ = runs.kept_place(smoke, run)
+    record = json.loads(path.read_text())
+    record["psnr"]["mean"] += 0.03
+    path.write_text(json.dumps(record))
+    assert main(["verify", "--build", str(smoke.build)]) == 1
+    assert "False" in capsys.readouterr().out
+    data.prepare_synthetic(smoke.build / "data" / "synthetic", num_images=40, seed=1)
+    main(["verify", "--build", str(smoke.build)])
+    assert "not evaluated: these are other images" in capsys.readouterr().out
+    shutil.rmtree(results / "checkpoints")
+    assert main(["verify", "--build", str(smoke.build)]) == 2
+    assert "no model is kept here" in capsys.readouterr().err
+
+
+def test_images_that_are_not_there_are_no_failure(smoke, results, tmp_path, monkeypatch):
+    run = smoke.solver("denoising", "resnet")
+    runs.ensure(smoke, run)
+    path = runs.publish(smoke, run, ship=True)
+    record = json.loads(path.read_text())
+    record["experiment"]["dataset"] = "celeba"
+    path.write_text(json.dumps(record))
+    monkeypatch.setenv("FLOWLIB_DATA", str(tmp_path))
+    [row] = records.verify(tmp_path / "other")
+    assert "not evaluated: no celeba images" in row["found"]
+
+
+def test_an_unfinished_run_is_not_published(smoke):
+    with pytest.raises(FileNotFoundError, match="denoising-resnet is not finished"):
+        runs.publish(smoke, smoke.solver("denoising", "resnet"))
+    with pytest.raises(ValueError, match="unknown run 'inpainting'; choose one of: flow, "):
+        main(["publish", "--profile", "smoke", "--build", str(smoke.build), "--ship", "inpainting"])
+
+
+def test_a_kill_while_evaluating_does_not_throw_the_training_away(smoke, monkeypatch):
+    run = smoke.solver("denoising", "resnet")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as inner:
+        inner.setattr(records, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runs.ensure(smoke, run)
+    _, header = load_tensors(smoke.directory(run) / "resume.safetensors")
+    assert header["finished"]
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: steps.append(1))
+    assert runs.ensure(smoke, run)["training"]["steps"] == 4 and not steps
+
+
+def test_records_hold_what_the_tables_need(smoke):
+    data.prepare_synthetic(smoke.build / "data" / "synthetic-ood", num_images=6, style="ood")
+    flow, glow, unet = (
+        runs.ensure(smoke, run)
+        for run in (smoke.flow(), smoke.solver("denoising", "glow"), smoke.solver("denoising", "unet"))
+    )
+    assert len(glow["psnr"]["values"]) == 8 and glow["training"]["images_seen"] == 16
+    assert glow["psnr_measurement"]["mean"] == pytest.approx(14, abs=0.3)  # noise of 0.2: -20 log10(0.2) dB
+    assert glow["folds"][-1]["psnr"] == pytest.approx(glow["psnr"]["mean"], abs=1e-3)
+    assert glow["ood_measurements"]["psnr"]["mean"] < glow["psnr"]["mean"] + 1
+    assert len(glow["ood_images"]["psnr"]["values"]) == 6
+    rows = {r["Method"]: r for r in tables.table("III", "v2", [glow]) if r["Task"] == "denoising"}
+    assert rows["GLOW prox"]["Ours, dB"] == tables.plus_minus(glow["ood_measurements"]["psnr"])
+    assert rows["GLOW prox"]["Setting"] == "σₙ = 0.25" and rows["U-Net prox"]["Ours, dB"] == "not run"
+    tables.tabulate(smoke)
+    row = next(r for r in tables.table("I", "v2", runs.records_of_build(smoke)) if r["Method"] == "GLOW prox")
+    assert row["Paper, dB"] == "28.24" and row["Ours, dB"].startswith(f"{glow['psnr']['mean']:.2f}\u00a0±")
+    for run in (smoke.flow(), smoke.solver("denoising", "glow"), smoke.solver("denoising", "unet")):
+        runs.publish(smoke, run)
+    kept = {r["name"]: r for r in records.recorded()}
+    assert sorted(kept) == ["denoising-glow", "denoising-unet", "flow"]
+    chosen = records.comparison(list(kept.values()), "v2")
+    assert {r["name"] for r in chosen} == {"denoising-glow", "denoising-unet"}
+    text = "\n".join(tables.findings(list(kept.values())))
+    row = next(line for line in text.splitlines() if line.startswith("| I | GLOW over U-Net |"))
+    assert "(+0.06) | – | – |" in row
+    (smoke.directory(smoke.solver("denoising", "unet")) / "record.json").write_text("{")
+    with pytest.raises(ValueError, match="is no result record"):
+        runs.records_of_build(smoke)
+
+
+def solver_record(method, psnr, measurement=20.0, seed=0, profile="cpu", images_seen=100, task="denoising"):
+    """The part of a record that tables compare."""
+    quality = records.statistics([psnr + d for d in (-0.1, 0.0, 0.1)])
+    return dict(
+        kind="solver",
+        name=f"{task}-{method}",
+        task=task,
+        method=method,
+        experiment=dict(profile=profile, dataset="celeba", edition="v2", seed=seed),
+        psnr=quality,
+        psnr_measurement=records.statistics([measurement] * 3),
+        training=dict(images_seen=images_seen),
+        data=dict(pixels_sha256="x"),
+    )
+
+
+def test_verdicts():
+    def verdict(first, second, **options):
+        pair = [solver_record("glow", first, **options), solver_record("unet", second, **options)]
+        return tables.verdict(tables.compare(pair, "I", "v2", "denoising"))
+
+    assert verdict(28, 25) == "replicated"  # the paper: +0.06
+    assert verdict(25, 28) == "the opposite"
+    assert verdict(28, 28) == "not distinguishable"
+    assert verdict(28, 19) == "no claim: U-Net below its measurement"
+
+
+def test_seeds_widen_the_interval():
+    one = [solver_record("glow", 28), solver_record("unet", 27)]
+    two = one + [solver_record("glow", 28, seed=1), solver_record("unet", 27.5, seed=1)]
+    single, both = (tables.compare(r, "I", "v2", "denoising") for r in (one, two))
+    assert (
+        both.num_seeds == 2
+        and both.difference == pytest.approx(0.75)
+        and both.half_width > single.half_width + 1
+    )
+
+
+def test_profiles_are_not_mixed_within_a_task():
+    short = [solver_record(m, 25, profile="short") for m in ("glow", "unet", "resnet", "glow-frozen")]
+    long = [solver_record(m, 28, images_seen=1000) for m in ("glow", "unet")]
+    assert records.comparison(short + long, "v2") == short  # the longer one has no ResNet yet
+    long.append(solver_record("resnet", 28, images_seen=1000))
+    assert records.comparison(short + long, "v2") == long
+
+
+def test_what_is_not_finite_is_counted():
+    found = records.statistics([30.0, float("inf"), 31.0, float("nan")])
+    assert found["not_finite"] == 2 and found["mean"] == 30.5 and found["values"][1] is None
+    json.dumps(found, allow_nan=False)
+    assert records.statistics([30.0])["half_width"] is None
+    assert "2 not finite" in tables.plus_minus(found)
