@@ -1,10 +1,10 @@
 """Runs Snakemake on the project's Snakefile, one build of a folder at a time."""
 
 import fcntl
-import json
 import subprocess
 import sys
 
+from companion.files import write_json
 from companion.paths import ROOT, build_folder
 
 
@@ -13,9 +13,11 @@ def build_book(build: str, **choice) -> int:
     which the kernel frees, is ours, so that Snakemake's own can be taken away."""
     folder = build_folder(build)
     folder.mkdir(parents=True, exist_ok=True)
-    # Names as JSON strings: Snakemake takes 2024_05_12 for a number.
-    settings = [f"{key}={json.dumps(str(value))}" for key, value in (choice | {"build": build}).items()]
+    # In a file, as on its command line Snakemake takes the name 2024_05_12 for a number.
+    settings = {key: str(value) for key, value in (choice | {"build": build}).items()}
+    write_json(folder / "config.json", settings)
     snakemake = [sys.executable, "-m", "snakemake", "--cores", "all", "--rerun-incomplete"]
+    snakemake += ["--configfile", str(folder / "config.json")]
     with open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -25,6 +27,6 @@ def build_book(build: str, **choice) -> int:
             )
             return 2
         subprocess.run(
-            [*snakemake, "--unlock", "--quiet", "--config", *settings], cwd=ROOT, stderr=subprocess.DEVNULL
+            [*snakemake, "--unlock", "--quiet"], cwd=ROOT, stderr=subprocess.DEVNULL
         )
-        return subprocess.run([*snakemake, "--config", *settings], cwd=ROOT).returncode
+        return subprocess.run(snakemake, cwd=ROOT).returncode

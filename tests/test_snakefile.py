@@ -1,5 +1,6 @@
 """What is made again when something changes. Notebooks are executed for real, at the profile smoke."""
 
+import json
 import os
 import re
 import shutil
@@ -27,9 +28,9 @@ def project(tmp_path_factory):
 
 
 def snakemake(project, *targets, dry=False, **config):
-    settings = [f'{key}="{value}"' for key, value in ({"profile": "smoke"} | config).items()]
+    (project / "config.json").write_text(json.dumps({"profile": "smoke"} | config))
     options = ["--dry-run"] if dry else []
-    command = [sys.executable, "-m", "snakemake", *targets, *options, "--cores", "2", "--config", *settings]
+    command = [sys.executable, "-m", "snakemake", *targets, *options, "--cores", "2", "--configfile", "config.json"]
     environment = os.environ | {"PYTHONPATH": str(project)}
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
