@@ -1,6 +1,6 @@
 """Which blur fits the paper's six numbers? For each kernel size and boundary: what classical inverses
-recover, what they lose
-from σ_b 5 to 8, and what each proximal mapping reaches after a short training at 5, tested at both.
+recover, what they lose from σ_b 5 to 8, and what each proximal mapping reaches after a short training at 5,
+tested at both.
 
 Run, in a build that has its flow: python -m benchmarks.blur --dataset celeba --build build"""
 
@@ -37,9 +37,8 @@ def classical(operator, x):
 @torch.no_grad()
 def transferred(kernel_size, boundary, x):
     """What an inverse made for σ_b 5 loses at 8: for each method of the paper the regularisation with which
-    Tikhonov's inverse
-    is exactly as good at 5, and the PSNR of that very inverse at 8. It needs no training, so nothing of it
-    hangs on ours."""
+    Tikhonov's inverse is exactly as good at 5, and the PSNR of that very inverse at 8. It needs no training,
+    so nothing of it hangs on ours."""
     x, blurs = x.double(), {s: Blur(s, kernel_size, boundary).double() for s in (5.0, 8.0)}
     paper, at_5 = (
         {

@@ -1,9 +1,9 @@
 """The same flow steps in other packages: time as ratios in one run, minima over alternating repeats.
 
 Every package runs a chain of Glow steps at the first level of the paper's flow (12 channels, 32x32 pixels):
-ActNorm, 1x1
-convolution, one-sided affine coupling with a network of 3x3, 1x1 and 3x3 convolutions and hidden channels as
-given. Install them with: pip install -r benchmarks/requirements.txt; then: python benchmarks/peers.py"""
+ActNorm, 1x1 convolution, one-sided affine coupling with a network of 3x3, 1x1 and 3x3 convolutions and hidden
+channels as given. Install them with: pip install -r benchmarks/requirements.txt; then: python
+benchmarks/peers.py"""
 
 import argparse
 

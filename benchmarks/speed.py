@@ -1,14 +1,16 @@
 """Speed of the flow as ratios in one run: minima and medians over alternating repeats, beside the floor.
 
 The floor is the coupling networks' convolutions alone (with ReLU), in the same memory format and dtype: no
-flow that
-evaluates these networks can be faster. Run on a quiet machine: python -m benchmarks.speed [--steps 18
---hidden 512]"""
+flow that evaluates these networks can be faster. Run on a quiet machine:
+python -m benchmarks.speed [--profile cpu]"""
 
 import argparse
+import copy
 import json
+import os
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +18,8 @@ from torch import nn
 from companion.files import write_json
 from companion.paths import RESULTS
 from companion.provenance import provenance
-from flowlib import Glow, set_compute_dtype, set_memory
+from companion.settings import PROFILES
+from flowlib import Glow, GlowProx, Inpainting, UnfoldedPGD, set_compute_dtype, set_memory
 
 BATCH, SIZE = 8, 64
 
@@ -157,17 +160,35 @@ def floor_functions(floor, prefix):
     return {f"{prefix} forward": torch.no_grad()(lambda: floor(None)), f"{prefix} training": train}
 
 
+def unfolded_functions(glow, dtype, x):
+    """A training step of the unfolded solver with K = 4, and its floor: every convolution twice a fold."""
+    folds = [GlowProx(copy.deepcopy(glow)) for _ in range(4)]
+    solver, operator = UnfoldedPGD(folds, glow.mode(SIZE).detach()), Inpainting(19, SIZE)
+    y, floors = operator.measure(x), [Floor(glow, dtype) for _ in folds]
+
+    def train():
+        solver.zero_grad()
+        (solver(y, operator) - x).square().mean().backward()
+
+    def floor():
+        outputs = [output for floor in floors for _ in "fg" for output in floor(None)]
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        for each in floors:
+            each.zero_grad()
+
+    return {"floor training, unfolded": floor, "flowlib training, unfolded": train}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=18)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--profile", default="paper", choices=PROFILES, help="whose flow is timed")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     torch.manual_seed(0)
     x = torch.rand(BATCH, 3, SIZE, SIZE) - 0.5
     rows, roof, reversible_ratio, machine = [], [], {}, measure_machine()
     for dtype in (torch.float32, torch.bfloat16):
-        glow = Glow(num_steps=args.steps, hidden_channels=args.hidden)
+        glow = Glow(**PROFILES[args.profile].flow)
         glow.initialize(x)
         set_compute_dtype(glow, None if dtype == torch.float32 else dtype)
         functions = floor_functions(Floor(glow, dtype), "floor") | glow_functions(glow, x, "flowlib")
@@ -180,11 +201,15 @@ def main():
 
         functions["flowlib training, reversible"] = reversible
         # What is compared runs one after the other.
-        seconds = alternate(
-            dict(sorted(functions.items(), key=lambda item: "training" in item[0])), args.repeats
-        )
+        functions = dict(sorted(functions.items(), key=lambda item: "training" in item[0]))
+        if args.profile != "paper":
+            functions |= unfolded_functions(glow, dtype, x)
+        seconds = alternate(functions, args.repeats)
         for key, values in seconds.items():
-            floor = seconds["floor training" if "training" in key else "floor forward"]
+            kind = (
+                "training, unfolded" if "unfolded" in key else "training" if "training" in key else "forward"
+            )
+            floor = seconds[f"floor {kind}"]
             row = {"dtype": name_of(dtype), "what": key, "ms": round(1000 * min(values), 1)}
             row |= {
                 "times_floor": round(min(values) / min(floor), 3),
@@ -203,11 +228,18 @@ def main():
         "arguments": vars(args),
         "batch": BATCH,
         "image_size": SIZE,
-        **provenance(),
     }
-    write_json(
-        RESULTS / "benchmarks" / "speed.json", {"rows": rows, "roofline": roof, "machine": machine, **about}
-    )
+    about |= {"bf16_matrix_units": has_matrix_units(), "allocator": os.environ.get("LD_PRELOAD") or "glibc"}
+    units = "with" if has_matrix_units() else "without"
+    name = f"speed-{args.profile}-{units}-matrix-units.json"
+    record = {"rows": rows, "roofline": roof, "machine": machine} | about | provenance()
+    write_json(RESULTS / "benchmarks" / name, record)
+
+
+def has_matrix_units():
+    """Whether this processor multiplies bf16 matrices in hardware (AMX)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Classical reconstructions: what can be had without a training. Each maps measurements y (B, C, H, W) and
-their operator to an
-estimate of the same shape, with at most one parameter, chosen on validation images by mean PSNR."""
+their operator to an estimate of the same shape, with at most one parameter, chosen on validation images by
+mean PSNR."""
 
 import os
 import time
@@ -76,9 +76,8 @@ def tv_inpainting(y, operator, num_iterations=500):
 
 def tikhonov(y, operator, alpha):
     """argmin_x ‖A x − y‖² + alpha ‖x‖², exactly and in float64: with B = U S Vᵀ for each axis the singular
-    values of the blur
-    A x = B_H x B_Wᵀ are the products of the two. For a circular blur this is the Wiener filter of white
-    images."""
+    values of the blur A x = B_H x B_Wᵀ are the products of the two. For a circular blur this is the Wiener
+    filter of white images."""
     (u_h, s_h, vt_h), (u_w, s_w, vt_w) = (
         torch.linalg.svd(operator.matrix(n, y.double())) for n in y.shape[-2:]
     )

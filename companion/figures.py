@@ -168,9 +168,9 @@ def fold_curves(records):
 
 @styled
 def learning_curves(records, paper=None):
-    """Validation quality, −10 log10 of the mean squared error, over images seen and over minutes of
-    training; one row a task,
-    one line a method. paper: {(task, method): PSNR}, drawn as dotted lines in the methods' colours."""
+    """Validation quality, −10 log10 of the mean squared error, over images seen and over minutes of training;
+    one row a task, one line a method. paper: {(task, method): PSNR}, drawn as dotted lines in the methods'
+    colours."""
     records = [r for r in records if r["kind"] == "solver" and len(r["training"]["history"]) > 1]
     records = [r for r in records if r["method"] in COLOURS]
     tasks = list(dict.fromkeys(r["task"] for r in records))

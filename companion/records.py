@@ -44,10 +44,9 @@ def recorded() -> list[dict]:
 
 
 def comparison(records: list[dict], edition: str) -> list[dict]:
-    """The records of one edition to compare: profiles must not be mixed within a task, so for each task
-    those of one profile,
-    data set and seed are taken, of the one whose main methods are all there and were trained for longest.
-    Classical methods need no training: they come from any profile on the same images."""
+    """The records of one edition to compare: profiles must not be mixed within a task, so for each task those
+    of one profile, data set and seed are taken, of the one whose main methods are all there and were trained
+    for longest. Classical methods need no training: they come from any profile on the same images."""
 
     def key(record):
         return tuple(record["experiment"][name] for name in ("profile", "dataset", "seed"))
@@ -254,8 +253,8 @@ def _evaluate_solver(experiment, run, solver):
 
 def verify(build="build"):
     """Evaluates every model that is kept with the code and whose images are there again, and compares with
-    its record. Rows:
-    name, what was recorded, what is found, and whether they agree to 0.02 dB (0.002 bits/dim for a flow)."""
+    its record. Rows: name, what was recorded, what is found, and whether they agree to 0.02 dB (0.002
+    bits/dim for a flow)."""
     from companion.experiment import Experiment
     from companion.runs import kept_experiments
     from data import prepare_named

@@ -34,9 +34,8 @@ EDITIONS = {
 @dataclass(frozen=True)
 class Task:
     """A column of Table I. parameters: of its operator; ood_parameters: those that differ where Table III of
-    v2 tests with
-    measurements out of distribution; setting, ood_setting: what the paper calls them; editions: those that
-    have it."""
+    v2 tests with measurements out of distribution; setting, ood_setting: what the paper calls them; editions:
+    those that have it."""
 
     kind: str
     operator: type[LinearOperator]
@@ -88,9 +87,9 @@ TASKS = {
 @dataclass(frozen=True)
 class Method:
     """A row of the paper's tables. network: of the prox; start: what every fold starts from, a pre-trained
-    "flow",
-    "flow-noisy" or "denoiser", or None, fresh weights; frozen: only the step sizes are trained; editions and
-    tasks: where the paper (or, for glow-noisy, we) have it; short: the label where there is little room."""
+    "flow", "flow-noisy" or "denoiser", or None, fresh weights; frozen: only the step sizes are trained;
+    editions and tasks: where the paper (or, for glow-noisy, we) have it; short: the label where there is
+    little room."""
 
     label: str
     short: str
@@ -136,8 +135,8 @@ OOD_IMAGES = {"celeba": "anime", "synthetic": "synthetic-ood"}
 @dataclass(frozen=True)
 class Profile:
     """How much is done: sizes of the networks and of the trainings. unfolding is keyed by method or, for all
-    methods that have
-    it, network; methods: by task, those that `make book` trains; images: overrides of the edition's."""
+    methods that have it, network; methods: by task, those that `make book` trains; images: overrides of the
+    edition's."""
 
     flow: dict
     unet: dict
@@ -251,10 +250,9 @@ OVERRIDES = ("num_folds", "flow", "unet", "resnet", "num_steps", "lr", "batch_si
 
 @dataclass(frozen=True)
 class Run:
-    """All that the numbers of one training depend on, the images and the code apart. kind: "flow",
-    "denoiser" or "solver";
-    name: of its folder; network: which, and its configuration; start: the Run whose weights it starts
-    from."""
+    """All that the numbers of one training depend on, the images and the code apart. kind: "flow", "denoiser"
+    or "solver"; name: of its folder; network: which, and its configuration; start: the Run whose weights it
+    starts from."""
 
     kind: str
     name: str

@@ -115,8 +115,8 @@ def too_little_training(record: dict, records: list[dict]) -> str:
 
 def table(name: str, edition: str, records: list[dict]) -> list[dict]:
     """Rows of one of the paper's tables: its number beside ours. Table I also has the measurement and the
-    best classical
-    method; our extension, glow-noisy, gets a row wherever the paper compares proximal mappings."""
+    best classical method; our extension, glow-noisy, gets a row wherever the paper compares proximal
+    mappings."""
     paper, evaluation = paper_table(name, edition), PAPER_TABLES[name, edition].evaluation
     ours, rows = outcomes(records, evaluation), []
     for task in dict.fromkeys(key[0] for key in paper):
@@ -213,9 +213,8 @@ def provenance_rows(records):
 
 class Comparison(NamedTuple):
     """Two methods of one task: mean of the paired differences in dB over images and seeds, half the width of
-    its 95 %
-    interval, the paper's difference (None where it has none), the number of seeds, and why no claim is made
-    ("" otherwise)."""
+    its 95 % interval, the paper's difference (None where it has none), the number of seeds, and why no claim
+    is made ("" otherwise)."""
 
     difference: float
     half_width: float
@@ -453,8 +452,9 @@ def tabulate(experiment):
     write_text(
         tables / "build.md",
         f"This build used the profile **{names['profile']}** on the data set **{names['dataset']}** with the "
-        f"protocol of edition **{edition}** ({experiment.edition.num_folds} folds; {sizes['train']} training, "
-        f"{sizes['val']} validation and {sizes['test']} test images), seed {names['seed']}: "
+        f"protocol of edition **{edition}** ({experiment.edition.num_folds} folds; "
+        f"{sizes['train']} training, {sizes['val']} validation and {sizes['test']} test images), "
+        f"seed {names['seed']}: "
         f"{len(times)} trainings, {sum(times):.1f} minutes in all. "
         f"Recorded runs kept with the code: {len(kept)}.",
     )

@@ -89,9 +89,8 @@ def _fresh_prox(experiment, run):
 
 def build_solver(experiment: Experiment, run: Run) -> UnfoldedPGD:
     """The untrained solver: K folds that start from the same pre-trained network or each from fresh weights,
-    and x_0 = g(0)
-    for flows, 0 for the baselines. A denoiser is a solver of one fold with μ = 1 and x_0 = 0, for which x̃ =
-    y."""
+    and x_0 = g(0) for flows, 0 for the baselines. A denoiser is a solver of one fold with μ = 1 and x_0 = 0,
+    for which x̃ = y."""
     torch.manual_seed(run.seed)
     if run.start is None:
         proxes = [_fresh_prox(experiment, run) for _ in range(run.num_folds)]

@@ -121,8 +121,7 @@ def prepare_named(name, out, num_images=None):
     """Pack "celeba", "anime", "synthetic", "synthetic-ood" or any path into `out`.
 
     FileNotFoundError says what was looked for, where, and how to get it. `num_images` counts drawn faces
-    (default 2,000); a set of files is always packed whole.
-    """
+    (default 2,000); a set of files is always packed whole. """
     if name in ("synthetic", "synthetic-ood"):
         return prepare_synthetic(out, num_images or 2000, "ood" if name.endswith("ood") else "natural")
     if name in ("celeba", "anime"):
@@ -213,8 +212,8 @@ def _read_member(archive, name, source):
 
 
 def decode(data, where, crop="square", size=64):
-    """Bytes of one image file -> uint8 (size, size, 3); transparent pixels are laid over white. ValueError, naming `where` it
-    came from, for what is no image."""
+    """Bytes of one image file -> uint8 (size, size, 3); transparent pixels are laid over white. ValueError,
+    naming `where` it came from, for what is no image."""
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))

@@ -2,8 +2,7 @@
 
 Every face is painted back to front with soft masks, in the framing of aligned CelebA: coordinates run over
 [-1, 1] (x right, y down), the eyes lie near y = 0.05 and the chin near y = 0.9. Arrays are (N, H, W), colours
-(3, N, 1, 1), so that numpy's inner loops run along image rows.
-"""
+(3, N, 1, 1), so that numpy's inner loops run along image rows. """
 
 import numpy as np
 

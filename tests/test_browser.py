@@ -44,7 +44,8 @@ def test_page(browser, site, path, width, theme):
         image.scroll_into_view_if_needed()
 
     assert page.evaluate("document.documentElement.dataset.theme") == theme
-    broken = "Array.from(document.images).filter(i => i.getClientRects().length && !i.naturalWidth).map(i => i.src)"
+    shown = "Array.from(document.images).filter(i => i.getClientRects().length"
+    broken = shown + " && !i.naturalWidth).map(i => i.src)"
     assert page.evaluate(broken) == []
     assert all(table.is_visible() for table in page.locator("article table").all())
     if page.locator("article .math").count():

@@ -71,7 +71,8 @@ def live(open_page, smoke_book):
 def settled(page):
     """The page's state once the solver has answered the last change."""
     page.wait_for_function(
-        "() => { const e = document.querySelector('.flow-explorer').explorer; return e.result?.generation === e.generation }",
+        "() => { const e = document.querySelector('.flow-explorer').explorer;"
+        " return e.result?.generation === e.generation }",
         timeout=30_000,
     )
     return page.evaluate(STATE)
@@ -233,7 +234,8 @@ def test_without_webassembly_the_grid_answers(open_page):
     value = psnr(expected[None], face(1)).item()
     assert page.locator(".panels strong").inner_text().startswith(f"{value:.2f} dB")
     shown = page.evaluate(
-        "() => Array.from(document.querySelectorAll('.panels canvas')[1].getContext('2d').getImageData(0, 0, 64, 64).data)"
+        "() => Array.from(document.querySelectorAll('.panels canvas')[1]"
+        ".getContext('2d').getImageData(0, 0, 64, 64).data)"
     )
     shown = torch.tensor(shown).reshape(64, 64, 4)[..., :3].permute(2, 0, 1) / 255 - 0.5
     assert (shown - expected.clamp(-0.5, 0.5)).abs().mean() < 0.02  # webp keeps about this much
@@ -262,7 +264,10 @@ def test_without_javascript_the_grids_are_shown(open_page):
 def test_text_can_be_read_in_both_themes(open_page, theme):
     page = open_page(color_scheme=theme)
     page.wait_for_selector(".flow-explorer .panels strong")
-    light = "(node) => { const [r, g, b] = getComputedStyle(node).color.match(/[0-9.]+/g); return (+r + +g + +b) / 3 }"
+    light = (
+        "(node) => { const [r, g, b] = getComputedStyle(node).color.match(/[0-9.]+/g);"
+        " return (+r + +g + +b) / 3 }"
+    )
     assert (page.locator(".flow-explorer .panels .caption").first.evaluate(light) > 128) == (theme == "dark")
     ground = "(node) => getComputedStyle(node.closest('.text_html')).backgroundColor"
     assert page.locator(".flow-explorer").evaluate(ground) == "rgba(0, 0, 0, 0)"

@@ -105,7 +105,7 @@ def test_frozen_flows():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_parametrised_weights(frozen):
-    """An orthogonal 1x1 convolution, a weight-normalised net: weights that are computed from others, some of them frozen."""
+    """Weights that are computed from others: an orthogonal 1x1 convolution, a weight-normalised net."""
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64) - 0.5
     glow = small_glow()
     parametrizations.orthogonal(glow.levels[0][0].invconv, "weight")
@@ -127,7 +127,7 @@ def test_parametrised_weights(frozen):
 
 @pytest.mark.parametrize("mode", ["plain", "reversible", "checkpoint"])
 def test_autocast_leaves_the_affine_maps_alone(mode):
-    """Also where the backward pass runs under it, or the image comes from a layer that it made 16 bits wide."""
+    """Also where the backward pass runs under it, or a layer before it gave 16 bits."""
     glow = small_glow(torch.float32)
     x = torch.rand(2, 3, 8, 8) - 0.5
     expected = gradients(glow, LOSSES["both"], x, mode)

@@ -30,7 +30,17 @@ def project(tmp_path_factory):
 def snakemake(project, *targets, dry=False, **config):
     (project / "config.json").write_text(json.dumps({"profile": "smoke"} | config))
     options = ["--dry-run"] if dry else []
-    command = [sys.executable, "-m", "snakemake", *targets, *options, "--cores", "2", "--configfile", "config.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        *targets,
+        *options,
+        "--cores",
+        "2",
+        "--configfile",
+        "config.json",
+    ]
     environment = os.environ | {"PYTHONPATH": str(project)}
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

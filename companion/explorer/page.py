@@ -168,9 +168,8 @@ def _config(folder):
 
 def page(folder, address, ort=None):
     """HTML of the explorer for a static page. folder: what write_explorer wrote; address: where the page
-    finds these files; ort:
-    where it finds onnxruntime-web's module, None if it does not. Scripts are inline, so that it works from
-    file:// too."""
+    finds these files; ort: where it finds onnxruntime-web's module, None if it does not. Scripts are inline,
+    so that it works from file:// too."""
     config = _config(Path(folder)) | {"ort": ort, "reason": "this book was built without npm"}
     for task in config["tasks"]:
         task |= {key: f"{address}/{task[key]}" for key in ("sprite", "onnx")}
