@@ -26,7 +26,5 @@ def build_book(build: str, **choice) -> int:
                 f"another build of {folder} is running: wait for it, or choose another BUILD", file=sys.stderr
             )
             return 2
-        subprocess.run(
-            [*snakemake, "--unlock", "--quiet"], cwd=ROOT, stderr=subprocess.DEVNULL
-        )
+        subprocess.run([*snakemake, "--unlock", "--quiet"], cwd=ROOT, stderr=subprocess.DEVNULL)
         return subprocess.run(snakemake, cwd=ROOT).returncode

@@ -256,11 +256,10 @@ def verify(build="build"):
     its record. Rows: name, what was recorded, what is found, and whether they agree to 0.02 dB (0.002
     bits/dim for a flow)."""
     from companion.experiment import Experiment
-    from companion.runs import kept_experiments
+    from companion.runs import kept_experiments, kept_model
     from data import prepare_named
-    from flowlib import load_checkpoint
 
-    for record, path in kept_experiments():
+    for record in kept_experiments():
         experiment = Experiment(**record["experiment"], build=build)
         row = {"checkpoint": experiment.place(_run_of(experiment, record))}
         out = experiment.build / "data" / experiment.dataset
@@ -275,7 +274,7 @@ def verify(build="build"):
             other = f"not evaluated: these are other images of {experiment.dataset} than the recorded ones"
             yield row | {"found": other}
             continue
-        model = load_checkpoint(path).to(device())
+        model = kept_model(experiment, _run_of(experiment, record)).to(device())
         if record["kind"] == "flow":
             expected, tolerance = record["bits_per_dim"]["mean"], 0.002
             value = bits_per_dim(model, x, experiment.seed).mean().item()

@@ -4,18 +4,17 @@ kept with the code and fits is restored, and what is missing is trained."""
 import fcntl
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from companion import records
 from companion.experiment import Experiment
 from companion.paths import RESULTS
 from companion.provenance import provenance
 from companion.settings import Run, evaluation_code
+from companion.shipping import pack, unpack
 from companion.training import model_path, train
 from flowlib import load_checkpoint
 from flowlib.checkpoints import load_tensors, save_checkpoint
@@ -106,7 +105,7 @@ def _restored(experiment, run):
     record = _read(record_path)
     if not record or not kept_model.exists() or not _fits(record, run, experiment):
         return None
-    shutil.copy(kept_model, model_path(experiment, run))
+    unpack(kept_model, model_path(experiment, run), _kept_start(experiment, run))
     record["kept"] = True
     records.write(experiment.directory(run) / "record.json", record)
     return record
@@ -149,8 +148,15 @@ def publish(experiment: Experiment, run: Run, ship: bool = False) -> Path:
     record.pop("kept", None)
     records.write(record_path, record)
     if ship:
-        save_checkpoint(kept_model, load(experiment, run), torch.float16, settings=run.as_dict())
+        pack(model_path(experiment, run), kept_model, _kept_start(experiment, run), settings=run.as_dict())
     return record_path
+
+
+def _kept_start(experiment, run):
+    """The kept flow from which a kept solver's folds are counted, if it started from one."""
+    if run.start is None or run.start.kind != "flow" or run.kind == "flow":
+        return None
+    return kept_place(experiment, run.start)[1]
 
 
 def publish_classical(experiment: Experiment):
@@ -161,8 +167,15 @@ def publish_classical(experiment: Experiment):
         )
 
 
-def kept_experiments() -> Iterator[tuple[dict, Path]]:
-    """(record, model file) of every model that is kept with the code."""
+def kept_experiments() -> Iterator[dict]:
+    """The record of every model that is kept with the code."""
     for path in sorted((RESULTS / "checkpoints").rglob("*.safetensors")):
         place = path.relative_to(RESULTS / "checkpoints").with_suffix(".json")
-        yield json.loads((RESULTS / "runs" / place).read_text(encoding="utf-8")), path
+        yield json.loads((RESULTS / "runs" / place).read_text(encoding="utf-8"))
+
+
+def kept_model(experiment: Experiment, run: Run):
+    """The model of a run that is kept with the code: a Glow, or an UnfoldedPGD."""
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(kept_place(experiment, run)[1], Path(folder) / "model", _kept_start(experiment, run))
+        return load_checkpoint(Path(folder) / "model").requires_grad_(False)

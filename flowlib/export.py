@@ -20,8 +20,7 @@ OPERATOR_DATA = {"denoising": None, "inpainting": "mask", "deblurring": "blur"}
 
 
 class _Graph:
-    """An ONNX graph in the making; calling it adds a node and returns its output's name, or names if
-    `outputs`."""
+    """An ONNX graph in the making; calling it adds a node and returns the name of its output."""
 
     def __init__(self):
         self.nodes, self.constants = [], []
@@ -32,8 +31,7 @@ class _Graph:
         return names if outputs else names[0]
 
     def constant(self, values):
-        """A constant; large ones as 16-bit integers with a scale for each row, which costs the result about
-        1e-4."""
+        """A constant; large ones as 16-bit integers with a scale for each row, which costs about 1e-4."""
         values = values.detach().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
         if not np.isfinite(values).all():
             raise ValueError("the solver has weights that are not finite: train it again")
@@ -45,10 +43,9 @@ class _Graph:
         return self._keep(values)
 
     def _keep(self, values):
-        self.constants.append(
-            numpy_helper.from_array(np.ascontiguousarray(values), f"c{len(self.constants)}")
-        )
-        return self.constants[-1].name
+        name = f"c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        return name
 
     def conv(self, x, weight_and_bias, size=1):
         return self("Conv", x, *weight_and_bias, kernel_shape=[size, size], pads=[size // 2] * 4)
@@ -134,8 +131,7 @@ def _apply(graph, task, x, adjoint=False):
 
 @torch.no_grad()
 def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
-    """Writes the solver of a task, "denoising", "inpainting" or "deblurring", as an ONNX file for one image
-    at a time.
+    """Writes the solver of a task, "denoising", "inpainting" or "deblurring", as an ONNX file for one image.
 
     Inputs: y (1, C, H, W); mask (1, 1, H, W) for inpainting, blur (H, H) for deblurring of square images
     (`Blur.matrix`); step_size and shrinkage (K,), so that they can be moved. Outputs: folds (K, C, H, W), the
@@ -143,10 +139,10 @@ def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
     another scale rule than "tanh", or images that are not square for deblurring."""
     if not all(isinstance(prox, GlowProx) for prox in solver.proxes):
         raise ValueError("only solvers with a flow can be exported: others have no shrinkage to move")
-    if any(
-        getattr(m, "scale", "tanh") != "tanh" or getattr(m, "contiguous", False) for m in solver.modules()
-    ):
-        raise ValueError("only flows with the scale rule 'tanh' and the default squeeze can be exported")
+    for module in solver.modules():
+        if getattr(module, "scale", "tanh") != "tanh" or getattr(module, "contiguous", False):
+            rule = getattr(module, "scale", "contiguous_squeeze")
+            raise ValueError(f"only the rule 'tanh' and the usual squeeze can be exported, not {rule!r}")
     if task == "deblurring" and solver.x0.shape[2] != solver.x0.shape[3]:
         raise ValueError(f"deblurring can be exported for square images, not {tuple(solver.x0.shape[2:])}")
     solver, graph = copy.deepcopy(solver).float(), _Graph()

@@ -40,8 +40,8 @@ class Glow(nn.Module):
     and hidden_channels may also be one number for each level, from fine to coarse; num_steps then gives the
     last level's too. scale: the coupling's scale rule, "tanh", "sigmoid" or "exp", see AffineCoupling.
     max_log_scale: bound of "tanh"; None is 2 / steps of the level, so that the scales of its couplings
-    multiply to between e^-2 and e^2. scale_bias: of "sigmoid"; contiguous_squeeze: see Squeeze; both one for
-    all levels or one for each.
+    multiply to between e^-2 and e^2. scale_bias: of "sigmoid"; contiguous_squeeze: see Squeeze; one for all
+    levels or for each.
 
     Raises ValueError where there are not as many numbers as levels; its methods, where x is not (B,
     in_channels, H, W) with H and W divisible by 2^num_levels."""
@@ -72,9 +72,7 @@ class Glow(nn.Module):
             value = self.config[name]
             values = value if isinstance(value, list) else [value] * num_levels
             if len(values) != num_levels:
-                raise ValueError(
-                    f"{name} {value}: give one number for each of {num_levels} levels, or one for all"
-                )
+                raise ValueError(f"{name} {value}: give one number for each level ({num_levels}), or for all")
             return values
 
         steps = each("num_steps")
@@ -138,8 +136,7 @@ class Glow(nn.Module):
         self, x: Tensor, folded: list | None = None, log_det: bool = True
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """z = f(x), equation (4): images (B, C, H, W) -> (latents, one tensor a level; log_det (B,) in nats).
-        folded: what fold() gave, if it serves several calls. Without log_det, it is not computed, and of no
-        use."""
+        folded: what fold() gave, if it serves several calls. Without log_det, it is not computed."""
         self._check(x)
         folded = folded or self.fold(inverse=False, log_det=log_det)
         latents, total = [], x.new_zeros(len(x))
@@ -156,8 +153,7 @@ class Glow(nn.Module):
         self, latents: Sequence[Tensor], folded: list | None = None, log_det: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """x = g(z), equation (5): latents as forward returns them -> (images (B, C, H, W); log_det (B,) in
-        nats). folded, log_det: as in forward. Raises ValueError where there are not as many latents as
-        levels."""
+        nats). folded, log_det: as in forward. Raises ValueError for another number of latents."""
         if len(latents) != len(self.levels):
             raise ValueError(f"expected {len(self.levels)} latents, one for each level, got {len(latents)}")
         folded = folded or self.fold(forward=False, log_det=log_det)
@@ -176,8 +172,7 @@ class Glow(nn.Module):
         return standard_normal_log_prob(latents) + log_det
 
     def bits_per_dim(self, x: Tensor, num_bins: int = 256) -> Tensor:
-        """-log2 p(x) per dimension, in bits (B,), of dequantised images: num_bins grey levels in an interval
-        of 1."""
+        """-log2 p(x) per dimension, in bits (B,), of images with num_bins grey levels in an interval of 1."""
         return (-self.log_prob(x) / x.shape[1:].numel() + math.log(num_bins)) / math.log(2)
 
     def sample(
@@ -196,8 +191,8 @@ class Glow(nn.Module):
     @property
     def initialized(self) -> bool:
         """Sets every ActNorm from a batch of images (B, C, H, W), once, before training. Raises RuntimeError
-        where it was done before (a loaded or trained flow); ValueError where a channel is constant: all is
-        then as it was."""
+        where it was done before (a loaded or trained flow); ValueError where a channel is constant, and
+        changes nothing."""
         return bool(self.levels[0][0].actnorm.initialized)
 
     @_without_autocast

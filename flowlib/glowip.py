@@ -1,5 +1,4 @@
-"""Checkpoints of GlowIP (Asim et al. 2020), the code the paper used and whose pre-trained flow it starts
-from."""
+"""Checkpoints of GlowIP (Asim et al. 2020), whose pre-trained flow the paper starts from."""
 
 import json
 import re
@@ -34,8 +33,7 @@ def load_glowip(
     bias: 1 where it is true.
 
     Files are read with weights_only, so nothing in them is executed. Raises FileNotFoundError, and ValueError
-    for a truncated, foreign or inconsistent file, naming the first key that does not fit, and for additive
-    couplings."""
+    for a truncated, foreign or inconsistent file, naming the first key that does not fit."""
     state, source = path_or_state_dict, "this state dict"
     if not isinstance(state, dict):
         source = Path(state)

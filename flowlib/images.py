@@ -16,19 +16,16 @@ def split_indices(
 
     train, val, test: how many of num_images. held_out: size of each of the pools that val and test are taken
     from (default: the larger of the two). Splits that share it and the seed nest: the smaller edition's test
-    images lie inside the larger one's, and "pretrain" holds no val or test image of either. Raises ValueError
-    for too few images."""
+    images lie inside the larger one's, and "pretrain" holds no val or test image of either. ValueError for
+    too few images."""
     held_out = max(val, test) if held_out is None else held_out
     if min(train, val, test) < 0 or held_out < max(val, test):
-        raise ValueError(
-            f"a pool of held_out={held_out} cannot hold val={val} or test={test}: enlarge held_out"
-        )
+        sizes = f"held_out={held_out} cannot hold val={val} or test={test} images"
+        raise ValueError(f"a pool of {sizes}: enlarge held_out")
     needed = train + 2 * held_out
     if num_images < needed:
         needed = f"{needed} are needed ({train} train + 2 x {held_out} held out)"
-        raise ValueError(
-            f"{num_images} images are there, {needed}: prepare more, or choose a smaller profile"
-        )
+        raise ValueError(f"{num_images} images are there, {needed}: prepare more, or use a smaller profile")
     order = np.random.Generator(np.random.PCG64(seed)).permutation(num_images)
     rest, val_pool = order[2 * held_out :], order[held_out : 2 * held_out]
     return {"pretrain": rest, "train": rest[:train], "val": val_pool[:val], "test": order[:test]}
@@ -41,8 +38,7 @@ def height_and_width(image_size: Size) -> tuple[int, int]:
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-0.5, 0.5]: k / 255 - 0.5. ValueError for another
-    type."""
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-0.5, 0.5]: k / 255 - 0.5. Else ValueError."""
     return _channels_first(images) / 255 - 0.5
 
 

@@ -1,5 +1,5 @@
-"""The invertible layers of Glow, of images (B, C, H, W): ``forward`` gives (y, log_det), ``inverse`` goes
-back.
+"""The invertible layers of Glow, of images (B, C, H, W): ``forward`` gives (y, log_det), ``inverse`` (x,
+log_det).
 
 log_det (B,) is ``log |det ∂output/∂input|`` of each image in nats, summed in float32 at least."""
 
@@ -125,7 +125,7 @@ def inverse_matrix(weight: Tensor) -> Tensor:
     inverse = torch.linalg.inv_ex(as_double(weight)).inverse  # inv would wait for a GPU
     if weight.device.type == "cpu" and not _transformed(weight):
         sizes = [torch.linalg.matrix_norm(m.detach()) for m in (weight.to(inverse), inverse)]
-        if not bool((sizes[0] * sizes[1] < 0.1 / torch.finfo(weight.dtype).eps).all()):
+        if not bool((sizes[0] * sizes[1] < 0.1 / torch.finfo(sum_dtype(weight)).eps).all()):
             warnings.warn("a 1x1 convolution is nearly singular: what it inverts is noise", stacklevel=2)
     return inverse.to(weight.dtype)
 
@@ -233,8 +233,7 @@ class AffineCoupling(nn.Module):
 
     channels: of x; hidden_channels: of NN. scale: "tanh", log s = c tanh(raw / c) with c = max_log_scale,
     bounded so that inverting stays well conditioned far from the data; "exp", log s = raw, as the paper
-    prints it; "sigmoid", s = sigmoid(raw + 2) + scale_bias, as the reference code has it. Raises ValueError
-    for another."""
+    prints it; "sigmoid", s = sigmoid(raw + 2) + scale_bias, as the reference code has it. Else ValueError."""
 
     def __init__(
         self,
@@ -291,8 +290,7 @@ class Folded(NamedTuple):
 
 
 class FlowStep(nn.Module):
-    """One step of Glow: ActNorm, invertible 1x1 convolution, affine coupling; the first two are applied as
-    one.
+    """One step of Glow: ActNorm, invertible 1x1 convolution, affine coupling.
 
     channels, hidden_channels, rule: the arguments of AffineCoupling. folded: what fold() made of this step,
     where it serves several calls. Without log_det, None stands for it."""

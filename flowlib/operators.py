@@ -94,8 +94,7 @@ class Inpainting(LinearOperator):
 
     @classmethod
     def from_mask(cls, mask: Tensor, sigma: float = 0.0) -> "Inpainting":
-        """Of any binary mask (H, W), (1 or C, H, W) or (B or 1, 1 or C, H, W): 1 where a pixel is
-        measured."""
+        """Of any binary mask (H, W), (1 or C, H, W) or (B or 1, 1 or C, H, W): 1 where measured."""
         operator = cls.__new__(cls)
         operator._set(mask, sigma)
         return operator
@@ -111,9 +110,8 @@ class Inpainting(LinearOperator):
         missing = x.ndim - self.mask.ndim
         fits = missing >= 0 and all(m in (1, n) for m, n in zip(self.mask.shape, x.shape[missing:]))
         if not fits or x.shape[-2:] != self.mask.shape[-2:]:
-            raise ValueError(
-                f"images of shape {tuple(x.shape)} do not fit the mask of {tuple(self.mask.shape)}"
-            )
+            shapes = f"{tuple(x.shape)} do not fit the mask of {tuple(self.mask.shape)}"
+            raise ValueError(f"images of shape {shapes}")
         return _floating(x) * self.mask.to(x.dtype)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
@@ -130,8 +128,7 @@ class Blur(LinearOperator):
     "blur"). boundary: what lies outside the image: "circular" (it repeats), "zero", or "reflect" (mirrored
     about the centre of the edge pixel). sigma: of the noise. The Gaussian is separable, so A x = B_H x B_Wᵀ
     with one small band matrix B for each axis; the adjoint is exact for every boundary. Raises ValueError for
-    an even kernel, a sigma_b that is not positive, an unknown boundary, or a kernel that reaches further than
-    the image."""
+    an even kernel, a sigma_b that is not positive, an unknown boundary, or a kernel larger than the image."""
 
     BOUNDARIES = {"circular": "circular", "zero": "constant", "reflect": "reflect"}
 

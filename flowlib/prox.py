@@ -12,11 +12,10 @@ from flowlib.glow import Glow
 
 class Prox(nn.Module):
     """What a solver asks of a proximal mapping. Any module with such a `forward` will do; to be saved, it
-    also needs `config`, a JSON-able dict, and `from_config`, and its class must lie in a module that can be
-    imported.
+    also needs `config`, a JSON-able dict, and `from_config`, and a class that can be imported.
 
-    uses_shrinkage: whether the solver learns a λ for it; else `forward` may get None. config: arguments of
-    the class."""
+    uses_shrinkage: whether the solver learns a λ for it; else `forward` may get None. config: its
+    arguments."""
 
     uses_shrinkage: bool = False
 
@@ -35,8 +34,7 @@ class Prox(nn.Module):
 
 
 class GlowProx(Prox):
-    """Shrinkage in the latent space of a flow: x -> glow.inverse(glow(x) / (1 + shrinkage)), equations
-    (9)-(11)."""
+    """Shrinkage in the latent space of a flow: x -> glow.inverse(glow(x) / (1 + shrinkage)), (9)-(11)."""
 
     uses_shrinkage = True
 
@@ -103,8 +101,7 @@ class UNetProx(_ImageNet):
 
 class ResNetProx(_ImageNet):
     """The residual network of Mardani et al. (2018): num_blocks blocks of two 3x3 convolutions of `width`
-    feature maps, each with batch normalisation and ReLU, then three 1x1 convolutions; another lifts the
-    in_channels."""
+    feature maps, each with batch normalisation and ReLU, then three 1x1; another lifts in_channels."""
 
     def __init__(self, width: int = 128, num_blocks: int = 2, in_channels: int = 3) -> None:
         super().__init__(width=int(width), num_blocks=int(num_blocks), in_channels=int(in_channels))

@@ -1,8 +1,7 @@
 """Invertible backpropagation through a chain of flow steps: memory does not grow with their number.
 
 Only the chain's output is kept. Going back, each step's input is recomputed from its output; the coupling
-net, which is all the work, is evaluated once for both the recomputation and its gradient (Putzky & Welling
-2019)."""
+net, which is all the work, is evaluated once for both this and its gradient (Putzky & Welling 2019)."""
 
 from collections.abc import Iterable
 

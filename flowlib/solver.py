@@ -13,7 +13,7 @@ from flowlib.operators import LinearOperator
 
 class Fold(NamedTuple):
     """What one fold did, detached: x_tilde, x (B, C, H, W); for flow proxes also the latents' norm
-    ``‖f(x_tilde)‖`` and ``‖z‖`` after shrinkage, and log p_k(x_tilde), log p_k(x) in nats, each (B,), else
+    ``‖f(x_tilde)‖`` and ``‖z‖`` after shrinkage, and log p_k(x_tilde), log p_k(x) in nats: (B,), else
     None."""
 
     x_tilde: Tensor
@@ -92,8 +92,7 @@ def describe_fold(prox: nn.Module, shrinkage: Tensor | None, x_tilde: Tensor, x:
 
 
 def find_nonfinite_fold(folds: Sequence[Fold]) -> str | None:
-    """Where a reconstruction first stopped being finite, e.g. "fold 2: the proximal mapping"; None if
-    nowhere."""
+    """Where a reconstruction first stopped being finite, e.g. "fold 2: the proximal mapping", or None."""
     for k, fold in enumerate(folds, start=1):
         for values, what in ((fold.x_tilde, "data-consistency step"), (fold.x, "proximal mapping")):
             if not bool(torch.isfinite(values).all()):

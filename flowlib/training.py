@@ -1,4 +1,4 @@
-"""Training of a flow by likelihood or of a solver by mean squared error: one loop, which saves itself and
+"""Training of a flow by likelihood or of a solver by mean squared error: a loop that saves itself and
 resumes.
 
 Every random draw of a step comes from a generator seeded by (seed, purpose, step), so a run that was killed
@@ -47,8 +47,7 @@ class Training:
 
 
 class Diverged(FloatingPointError):
-    """A training that fell apart more often than it may: message says where, summary is what a record
-    keeps."""
+    """A training that fell apart more often than it may: message and summary tell how."""
 
     def __init__(self, message: str, summary: dict) -> None:
         super().__init__(message)
@@ -240,8 +239,7 @@ class _Run:
         self._last_saved = time.monotonic()
 
     def resume(self):
-        """Goes on from the resume file, if there is one; that of a finished run with other settings is
-        ignored."""
+        """Goes on from the resume file, if there is one; a finished one of other settings is ignored."""
         if not self.path.exists():
             return
         tensors, header = load_tensors(self.path)

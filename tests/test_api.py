@@ -9,7 +9,9 @@ import pytest
 
 import flowlib
 
-MODULES = [importlib.import_module(f"flowlib.{module.name}") for module in pkgutil.iter_modules(flowlib.__path__)]
+MODULES = [
+    importlib.import_module(f"flowlib.{module.name}") for module in pkgutil.iter_modules(flowlib.__path__)
+]
 
 
 def public_functions(module):
@@ -21,8 +23,14 @@ def public_functions(module):
             for method, member in vars(value).items():
                 function = getattr(member, "__func__", member)
                 function = function.fget if isinstance(function, property) else function
-                generated = not hasattr(function, "__code__") or function.__code__.co_filename != module.__file__
-                if (not method.startswith("_") or method == "__init__") and inspect.isfunction(function) and not generated:
+                generated = (
+                    not hasattr(function, "__code__") or function.__code__.co_filename != module.__file__
+                )
+                if (
+                    (not method.startswith("_") or method == "__init__")
+                    and inspect.isfunction(function)
+                    and not generated
+                ):
                     yield f"{name}.{method}", inspect.unwrap(function), value
         elif inspect.isfunction(value):
             yield name, inspect.unwrap(value), None
@@ -32,7 +40,11 @@ FUNCTIONS = {f"{m.__name__}.{name}": found for m in MODULES for name, *found in 
 
 
 def test_the_functions_are_found():
-    assert {"flowlib.glow.Glow.forward", "flowlib.prox.Prox.from_config", "flowlib.solver.UnfoldedPGD.num_folds"} <= set(FUNCTIONS)
+    assert {
+        "flowlib.glow.Glow.forward",
+        "flowlib.prox.Prox.from_config",
+        "flowlib.solver.UnfoldedPGD.num_folds",
+    } <= set(FUNCTIONS)
     assert len(FUNCTIONS) > 80
 
 
@@ -51,7 +63,9 @@ def test_everything_is_described(name):
     function, owner = FUNCTIONS[name]
     if not name.endswith("__init__"):
         inherited = owner and inspect.getdoc(getattr(owner, function.__name__))
-        assert function.__doc__ or (inherited and "performed at every call" not in inherited), f"{name}: no docstring"
+        assert function.__doc__ or (inherited and "performed at every call" not in inherited), (
+            f"{name}: no docstring"
+        )
         return
     assert owner.__doc__, f"{name}: no docstring of the class"
     parameters = [p for p in inspect.signature(function).parameters if p != "self"]
@@ -61,4 +75,6 @@ def test_everything_is_described(name):
 
 def test_modules_and_names():
     assert all(module.__doc__ for module in MODULES)
-    assert sorted(flowlib.__all__) == list(flowlib.__all__) and all(hasattr(flowlib, name) for name in flowlib.__all__)
+    assert sorted(flowlib.__all__) == list(flowlib.__all__) and all(
+        hasattr(flowlib, name) for name in flowlib.__all__
+    )

@@ -104,7 +104,9 @@ def test_unequal_folds_come_back(tmp_path):
 def test_one_prox_for_all_folds_is_written_once_and_stays_one(tmp_path):
     prox, other = GlowProx(Glow(num_levels=2, num_steps=2, hidden_channels=32)), ResNetProx(4, 1)
     loaded = saved_and_loaded(tmp_path, solver_of(prox, prox, other, prox))
-    assert loaded.proxes[0] is loaded.proxes[1] is loaded.proxes[3] and loaded.proxes[2] is not loaded.proxes[0]
+    assert (
+        loaded.proxes[0] is loaded.proxes[1] is loaded.proxes[3] and loaded.proxes[2] is not loaded.proxes[0]
+    )
     y = torch.rand(1, 3, 16, 16)
     assert torch.equal(loaded(y, Inpainting(5, 16)), solver_of(prox, prox, other, prox)(y, Inpainting(5, 16)))
     save_checkpoint(tmp_path / "once", solver_of(prox))

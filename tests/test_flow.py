@@ -2,13 +2,24 @@
 clear errors."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowlib import Blur, Glow, GlowProx, ResNetProx, UNetProx, UnfoldedPGD, psnr, set_compute_dtype, set_memory
+from flowlib import (
+    Blur,
+    Glow,
+    GlowProx,
+    ResNetProx,
+    UNetProx,
+    UnfoldedPGD,
+    psnr,
+    set_compute_dtype,
+    set_memory,
+)
 from flowlib.layers import ActNorm, AffineCoupling, FlowStep, InvConv1x1, Split, Squeeze
 
 
@@ -305,6 +316,13 @@ def test_a_singular_convolution_is_named():
         glow.inverse(glow(x)[0])
 
 
+def test_a_sound_convolution_is_not_warned_of():
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            InvConv1x1(192).to(dtype).inverse(torch.ones(1, 192, 2, 2, dtype=dtype))
+
+
 def test_a_failed_initialisation_can_be_repeated():
     torch.manual_seed(0)
     glow = Glow(num_levels=2, num_steps=2, hidden_channels=8)
@@ -325,7 +343,9 @@ def test_numpy_sizes_and_empty_batches():
     for mode in ("plain", "reversible", "checkpoint"):
         set_memory(glow, mode)
         latents, log_det = glow(empty)
-        assert glow.inverse(latents)[0].shape == (0, 3, 8, 8) and log_det.shape == glow.bits_per_dim(empty).shape == (0,)
+        assert glow.inverse(latents)[0].shape == (0, 3, 8, 8) and log_det.shape == glow.bits_per_dim(
+            empty
+        ).shape == (0,)
     with torch.no_grad():
         assert glow.sample(0, np.int64(8)).shape == (0, 3, 8, 8)
 
@@ -368,7 +388,9 @@ def test_function_transforms():
     assert torch.equal(copy.deepcopy(glow)(x)[1], glow(x)[1])
 
 
-@pytest.mark.parametrize("make", [lambda: GlowProx(small_glow(torch.float32)), lambda: UNetProx(2), lambda: ResNetProx(4)])
+@pytest.mark.parametrize(
+    "make", [lambda: GlowProx(small_glow(torch.float32)), lambda: UNetProx(2), lambda: ResNetProx(4)]
+)
 def test_parameters_are_contiguous(make):
     """So that torch.optim.LBFGS and parameters_to_vector take them."""
     solver = UnfoldedPGD([make()], torch.zeros(1, 3, 16, 16))

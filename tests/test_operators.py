@@ -70,7 +70,10 @@ def test_noise_follows_its_generator_and_level():
         *[(lambda o=o: o.A(INTEGERS), "floating-point images, got torch.uint8") for o in OPERATORS.values()],
         *[(lambda o=o: o.A_adjoint(INTEGERS), "floating-point") for o in OPERATORS.values()],
         (lambda: Denoising().measure(INTEGERS), "floating-point"),
-        (lambda: Inpainting.from_mask(torch.ones(2, 1, 8, 8)).A(torch.zeros(1, 3, 8, 8)), "do not fit the mask"),
+        (
+            lambda: Inpainting.from_mask(torch.ones(2, 1, 8, 8)).A(torch.zeros(1, 3, 8, 8)),
+            "do not fit the mask",
+        ),
         (lambda: Inpainting.from_mask(torch.ones(3, 8, 8)).A(torch.zeros(1, 1, 8, 8)), "do not fit the mask"),
     ],
 )

@@ -123,7 +123,9 @@ def test_psnr_and_ssim():
         for metric in (psnr, ssim):
             with pytest.raises(ValueError, match="of one shape"):
                 metric(wrong, image)
-    assert 79 < psnr(image.half() * 0 + 1e-4, image.half() * 0)[0] < 81 and psnr(image[:0], image[:0]).shape == (0,)
+    assert 79 < psnr(image.half() * 0 + 1e-4, image.half() * 0)[0] < 81 and psnr(
+        image[:0], image[:0]
+    ).shape == (0,)
 
 
 class Clip(torch.nn.Module):
@@ -150,7 +152,9 @@ def test_folds_of_other_kinds():
         def forward(self, x, shrinkage):
             return x.clamp(-0.5, 0.5)
 
-    solver = UnfoldedPGD([Unconcerned(), glow, UNetProx(2).double()], torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+    solver = UnfoldedPGD(
+        [Unconcerned(), glow, UNetProx(2).double()], torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+    )
     x_hat, folds = solver(y, operator, return_folds=True)
     assert [fold.latent_norm is None for fold in folds] == [True, False, True]
     assert folds[1].latent_norm.shape == (2,)

@@ -1,0 +1,53 @@
+"""Kept models are small, and give back what they were to the precision that is said."""
+
+import copy
+
+import pytest
+import torch
+
+from companion.shipping import BITS, _pack, _unpack, pack, unpack
+from flowlib import Glow, GlowProx, UNetProx, UnfoldedPGD, load_checkpoint, save_checkpoint
+from tests.test_flow import randomize
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 4, 3, 3), (1, 1)])
+def test_integers_of_a_few_bits(shape):
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    scale, bits = _pack(value)
+    assert len(bits) == -(-value.numel() * BITS // 8)
+    error = (_unpack(scale, bits, list(shape)) - value).abs().flatten(1).amax(1)
+    assert (error <= 0.5001 * scale).all()  # half a step
+    assert (_unpack(*_pack(torch.zeros(shape)), list(shape)) == 0).all()
+
+
+def test_a_solver_is_counted_from_its_flow(tmp_path):
+    torch.manual_seed(0)
+    flow = randomize(Glow(num_levels=2, num_steps=2, hidden_channels=32), scale=0.05)
+    save_checkpoint(tmp_path / "flow", flow)
+    pack(tmp_path / "flow", tmp_path / "kept-flow")
+    folds = [GlowProx(randomize(copy.deepcopy(flow), seed=k, scale=0.001)) for k in range(3)]
+    solver = UnfoldedPGD(folds, flow.mode(8))
+    save_checkpoint(tmp_path / "solver", solver)
+    pack(tmp_path / "solver", tmp_path / "kept", tmp_path / "kept-flow", name="x")
+    pack(tmp_path / "solver", tmp_path / "kept-alone")
+    sizes = [(tmp_path / name).stat().st_size for name in ("solver", "kept")]
+    assert sizes[1] < 0.4 * sizes[0]
+
+    def error(kept, *start):
+        unpack(tmp_path / kept, tmp_path / "back", *start)
+        back = load_checkpoint(tmp_path / "back").state_dict()
+        return max((back[k].float() - v.float()).abs().max() for k, v in solver.state_dict().items())
+
+    assert 0 < error("kept", tmp_path / "kept-flow") < 0.1 * error("kept-alone")
+    with pytest.raises(ValueError, match="differences to a flow: give that flow"):
+        unpack(tmp_path / "kept", tmp_path / "back")
+
+
+def test_others_are_kept_whole(tmp_path):
+    solver = UnfoldedPGD([UNetProx(4)], torch.zeros(1, 3, 16, 16))
+    save_checkpoint(tmp_path / "solver", solver, trained="long")
+    pack(tmp_path / "solver", tmp_path / "kept")
+    unpack(tmp_path / "kept", tmp_path / "back")
+    back = load_checkpoint(tmp_path / "back").state_dict()
+    for name, value in solver.state_dict().items():
+        torch.testing.assert_close(back[name], value, atol=0.02, rtol=0.05)
