@@ -45,4 +45,6 @@ endif
 .venv/installed: requirements.txt pyproject.toml
 	python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
+	@# so that a notebook finds companion and data in whatever folder its kernel starts
+	$(PYTHON) -c "import pathlib, site; pathlib.Path(site.getsitepackages()[0], 'project.pth').write_text('$(CURDIR)')"
 	touch $@

@@ -48,7 +48,9 @@ def pages(experiment: Experiment) -> dict[str, Page]:
         compared = [m for m in methods if not METHODS[m].frozen and m != "glow-scratch"]
         found[f"in_distribution-{task}"] = Page("in_distribution", {"task": task}, runs(*compared))
         found[f"plug_and_play-{task}"] = Page("plug_and_play", {"task": task}, runs("glow", "glow-frozen"))
-        ablated = runs("glow", "glow-scratch") if "glow-scratch" in methods else ()
+        ablated = ()
+        if experiment.names["edition"] in METHODS["glow-scratch"].editions:
+            ablated = tuple(experiment.solver(task, name) for name in ("glow", "glow-scratch"))
         found[f"pretraining_ablation-{task}"] = Page("pretraining_ablation", {"task": task}, ablated)
         for name in ("ood_measurements", "ood_images"):
             found[f"{name}-{task}"] = Page(name, {"task": task})

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from flowlib.checkpoints import load_tensors, save_tensors
 
-BITS = 6
 SMALLEST = 1024  # numbers of a tensor that is worth packing
 
 
-def pack(model: Path, kept: Path, start: Path | None = None, **info):
+def pack(model: Path, kept: Path, start: Path | None = None, bits: int = 8, **info):
     """Writes the checkpoint `model` small to `kept`. start: the kept flow that its folds are counted from."""
     tensors, header = load_tensors(model)
     header |= {"info": info}
@@ -24,13 +23,12 @@ def pack(model: Path, kept: Path, start: Path | None = None, **info):
     of_start, small = _tensors_of(start), {}
     for name, value in tensors.items():
         if value.is_floating_point() and value.ndim > 1 and value.numel() >= SMALLEST:
-            small[f"{name}:scale"], small[f"{name}:bits"] = _pack(value - _at_start(name, of_start))
+            small[f"{name}:scale"], small[f"{name}:bits"] = _pack(value - _at_start(name, of_start), bits)
         else:
             small[name] = value
     shapes = {name: list(value.shape) for name, value in tensors.items() if f"{name}:bits" in small}
-    save_tensors(
-        kept, small, {"kind": "packed", "model": header, "shapes": shapes, "started": start is not None}
-    )
+    about = {"bits": bits, "shapes": shapes, "started": start is not None}
+    save_tensors(kept, small, {"kind": "packed", "model": header} | about)
 
 
 def unpack(kept: Path, model: Path, start: Path | None = None):
@@ -44,7 +42,7 @@ def unpack(kept: Path, model: Path, start: Path | None = None):
         raise ValueError(f"{kept} holds differences to a flow: give that flow, as it is kept")
     of_start = _tensors_of(start)
     for name, shape in header["shapes"].items():
-        difference = _unpack(tensors.pop(f"{name}:scale"), tensors.pop(f"{name}:bits"), shape)
+        difference = _unpack(tensors.pop(f"{name}:scale"), tensors.pop(f"{name}:bits"), header["bits"], shape)
         tensors[name] = difference + _at_start(name, of_start)
     save_tensors(model, tensors, header["model"])
 
@@ -59,17 +57,17 @@ def _at_start(name, of_start):
     return 0.0 if found is None else found.float()
 
 
-def _pack(value: Tensor) -> tuple[Tensor, Tensor]:
-    limit = 2 ** (BITS - 1) - 1
+def _pack(value: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    limit = 2 ** (bits - 1) - 1
     rows = value.flatten(1)
     scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-30) / limit
     whole = ((rows / scale).round() + limit).to(torch.uint8).numpy()
-    bits = np.packbits(np.unpackbits(whole.reshape(-1, 1), axis=1)[:, 8 - BITS :])
-    return scale.squeeze(1), torch.from_numpy(bits)
+    packed = np.packbits(np.unpackbits(whole.reshape(-1, 1), axis=1)[:, 8 - bits :])
+    return scale.squeeze(1), torch.from_numpy(packed)
 
 
-def _unpack(scale: Tensor, bits: Tensor, shape: list[int]) -> Tensor:
+def _unpack(scale: Tensor, packed: Tensor, bits: int, shape: list[int]) -> Tensor:
     count = int(np.prod(shape))
-    columns = np.unpackbits(bits.numpy(), count=count * BITS).reshape(count, BITS)
-    whole = torch.from_numpy(columns @ (2 ** np.arange(BITS)[::-1])).float() - (2 ** (BITS - 1) - 1)
+    columns = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
+    whole = torch.from_numpy(columns @ (2 ** np.arange(bits)[::-1])).float() - (2 ** (bits - 1) - 1)
     return (whole.reshape(len(scale), -1) * scale[:, None]).reshape(shape)
