@@ -122,8 +122,8 @@ for page in PAGES:
             mem_mb=24000 if PROFILE == "paper" else 4000,
             runtime=60 * 24 if PROFILE == "paper" else 60 * 6,
         shell:
-            PYTHON + " -m papermill {input.notebook:q} {log:q} --no-progress-bar --log-level WARNING {params.words}"
-            " && cp {log:q} {output:q}"
+            f"{PYTHON} -m papermill {{input.notebook:q}} {{log:q}} --no-progress-bar --log-level WARNING {{params.words}}"
+            f" && {PYTHON} -m companion.hide {{log:q}} {{output:q}}"
 
 
 # Timed, so it has every core to itself. The record of one method stands for all.
