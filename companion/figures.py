@@ -252,7 +252,7 @@ def response_dots(rows):
 @styled
 def roofline(rows, machine):
     """GFLOP/s of each convolution over its arithmetic intensity, under the limits measured on the same
-    machine: rows and machine as in benchmarks/speed.json."""
+    machine: rows and machine as in benchmarks/speed-*.json."""
     figure, axis = plt.subplots(figsize=(WIDTH, 3.8))
     intensity = np.geomspace(2, 2000, 100)
     for dtype, colour in (("float32", COLOURS["unet"]), ("bfloat16", COLOURS["resnet"])):

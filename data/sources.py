@@ -5,10 +5,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import tempfile
 import warnings
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -19,7 +21,8 @@ from tqdm import tqdm
 
 from .synthetic import draw_faces
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".avif"}
+LARGEST = 2**28  # bytes of one image file in a zip: more is no photograph
 CROPS = ("square", "celeba")
 NAMED = ("celeba", "anime", "synthetic", "synthetic-ood")
 IMAGES, MANIFEST = "images.npy", "manifest.json"
@@ -63,7 +66,7 @@ def prepare(source, out, crop="square", size=64, name=None):
         def images():
             for member in names:
                 data = read(member)
-                contents.update(f"{member}\0{len(data)}\0".encode() + data)
+                contents.update(f"{member}\0{len(data)}\0".encode(errors="surrogateescape") + data)
                 yield decode(data, f"{member} in {source}", crop, size)[None]
 
         manifest = {
@@ -144,11 +147,16 @@ def prepare_named(name, out, num_images=None):
 
 
 def prepare_into(source, folder, name=None, crop="square", num_images=None):
-    """Pack a known set, or the folder or zip at a path, into folder/name; the path that it went to."""
+    """Pack a known set, or the folder or zip at a path, into folder/name; the path that it went to.
+
+    The name is by default the source's, a zip's without its suffix. Raises ValueError where it is no name of a folder."""
+    path = Path(source)
+    name = name or (source if source in NAMED else path.stem if path.suffix.lower() == ".zip" else path.resolve().name)
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} is no name for a data set: choose one without slashes")
     if source in NAMED:
-        return prepare_named(source, Path(folder) / (name or source), num_images)
-    name = name or Path(source).stem
-    return prepare(source, Path(folder) / name, crop, name=name)
+        return prepare_named(source, Path(folder) / name, num_images)
+    return prepare(path, Path(folder) / name, crop, name=name)
 
 
 def load(out):
@@ -180,35 +188,57 @@ def load(out):
 def _open_source(source):
     """Yield (sorted image names, function from a name to its bytes) of a folder or zip."""
     if source.is_dir():
-        files = (p.relative_to(source) for p in source.rglob("*") if p.is_file())
-        yield _image_names(f.as_posix() for f in files), lambda name: (source / name).read_bytes()
+        yield _image_names(_files(source), source), lambda name: (source / name).read_bytes()
         return
-    if not zipfile.is_zipfile(source):
+    if not source.is_file() or not zipfile.is_zipfile(source):
         raise ValueError(f"{source} is neither a folder nor a zip file (a broken download?): fetch it again")
     with zipfile.ZipFile(source) as archive:
-        members = [m.filename for m in archive.infolist() if not m.is_dir()]
-        for member in members:
+        members = {}
+        for member in archive.infolist():
             # Nothing is extracted, so no harm is done; but such an archive is not what it claims to be.
-            path = PurePosixPath(member.replace("\\", "/"))
-            if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-                raise ValueError(f"{source}: member {member!r} points outside the archive: do not trust it")
-        yield _image_names(members), lambda name: _read_member(archive, name, source)
+            path = PurePosixPath(member.filename.replace("\\", "/"))
+            if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", str(path)):
+                raise ValueError(f"{source}: member {member.filename!r} points outside the archive: do not trust it")
+            if member.is_dir() or not path.parts:
+                continue
+            if str(path) in members:
+                raise ValueError(f"{source} holds {path} twice: one image must not be in training and test, repack it")
+            members[str(path)] = member
+        yield _image_names(members, source), lambda name: _read_member(archive, members[name], source)
 
 
-def _image_names(names):
-    paths = map(PurePosixPath, names)
-    return sorted(
-        str(p)
-        for p in paths
-        if p.suffix.lower() in SUFFIXES and not any(part.startswith((".", "__MACOSX")) for part in p.parts)
-    )
+def _files(folder):
+    """Names of the files of a folder at any depth, through links too, each folder once."""
+
+    def unreadable(error):
+        raise ValueError(f"cannot read {error.filename} ({error.strerror}): correct its rights, or move it away")
+
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        if os.path.realpath(root) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        yield from (Path(root, name).relative_to(folder).as_posix() for name in files)
 
 
-def _read_member(archive, name, source):
+def _image_names(names, source):
+    """Those that are images, sorted; what is left out is named, with a count."""
+    shown = [p for p in map(PurePosixPath, names) if not any(part.startswith((".", "__MACOSX")) for part in p.parts)]
+    left_out = Counter(p.suffix.lower() or "without a suffix" for p in shown if p.suffix.lower() not in SUFFIXES)
+    if left_out:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
+        warnings.warn(f"left out of {source}, as no images: {kinds}", stacklevel=4)
+    return sorted(str(p) for p in shown if p.suffix.lower() in SUFFIXES)
+
+
+def _read_member(archive, member, source):
+    if member.file_size > LARGEST:
+        raise ValueError(f"{member.filename} in {source} unpacks to {member.file_size / 2**20:.0f} MB: remove it")
     try:
-        return archive.read(name)
+        return archive.read(member)
     except Exception as error:  # bad checksum, password, unknown compression
-        raise ValueError(f"cannot read {name} in {source} ({error}): fetch or make the zip again") from error
+        raise ValueError(f"cannot read {member.filename} in {source} ({error}): fetch or make the zip again") from error
 
 
 def decode(data, where, crop="square", size=64):
@@ -216,12 +246,15 @@ def decode(data, where, crop="square", size=64):
     naming `where` it came from, for what is no image."""
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            elif image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to 255
+            file = Image.open(io.BytesIO(data))
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                # In 32-bit BMPs the fourth byte may be unused, and is 0 then.
+                if file.format != "BMP" or image.getchannel("A").getextrema()[1]:
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             box = _crop_box(*image.size, crop)
             return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, box=box))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
