@@ -1,10 +1,11 @@
 """One profile, data set, edition and seed: its runs, its images, and where its files lie."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import data
-from companion.paths import build_folder
+from companion.paths import RESULTS, build_folder
 from companion.settings import EDITIONS, METHODS, OOD_IMAGES, OVERRIDES, PROFILES, TASKS, Method, Run, choose
 from flowlib.images import split_indices
 from flowlib.training import Training
@@ -90,8 +91,13 @@ class Experiment:
         )
 
     def methods(self, task: str) -> list[str]:
-        """The methods that this profile trains for a task of this edition."""
-        return [name for name in self.profile.methods.get(task, ()) if self._has(task, METHODS[name])]
+        """The methods of a task that this profile trains, in the order of the tables. Where models for the
+        task are kept with the code, and no setting is overridden, those alone: then nothing need be trained
+        (unless RETRAIN=1)."""
+        found = [name for name in self.profile.methods.get(task, ()) if self._has(task, METHODS[name])]
+        folder = RESULTS / "checkpoints" / self.key / self.names["edition"]
+        kept = [name for name in found if (folder / f"{task}-{name}.safetensors").exists()]
+        return found if self.overrides or os.environ.get("RETRAIN") == "1" else kept or found
 
     def runs(self) -> dict[str, Run]:
         """All runs that this edition has, by name, whatever the profile trains by default."""

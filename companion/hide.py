@@ -1,4 +1,4 @@
-"""Copies an executed notebook; the cell of parameters that papermill put into it will not be on the book's page:
+"""Copies an executed notebook; the parameters that papermill put into it will not be on the book's page:
 python -m companion.hide executed.ipynb page.ipynb"""
 
 import sys
