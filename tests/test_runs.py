@@ -272,3 +272,13 @@ def test_what_is_not_finite_is_counted():
     json.dumps(found, allow_nan=False)
     assert records.statistics([30.0])["half_width"] is None
     assert "2 not finite" in tables.plus_minus(found)
+
+
+def test_records_that_are_kept_have_what_the_book_asks_of_them():
+    for record in records.read(sorted((ROOT / "results/runs").rglob("*.json"))):
+        experiment = Experiment(**record["experiment"])
+        assert record["evaluation_code"] and "task" in record, record["name"]
+        if record["kind"] != "classical":
+            run = experiment.runs()[record["name"]]
+            assert (record["settings_hash"], record["method"]) == (run.settings_hash, run.method), record["name"]
+            assert record["settings"] == run.as_dict()
