@@ -155,7 +155,8 @@ def _record(experiment, task, key):
         same = record["name"] == name and record["experiment"]["edition"] == experiment.names["edition"]
         return same and all(record["data"][k] == about[k] for k in ("pixels_sha256", "split"))
 
-    made = [r for r in (read([path]) if path.exists() else []) if r.get("evaluation_code") == evaluation_code()]
+    made = read([path]) if path.exists() else []
+    made = [r for r in made if r.get("evaluation_code") == evaluation_code()]
     kept = [] if os.environ.get("RETRAIN") == "1" else recorded()
     record = next((r for r in [*made, *kept] if fits(r)), None) or _evaluate(
         experiment, task, key, name, about

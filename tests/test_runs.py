@@ -280,5 +280,5 @@ def test_records_that_are_kept_have_what_the_book_asks_of_them():
         assert record["evaluation_code"] and "task" in record, record["name"]
         if record["kind"] != "classical":
             run = experiment.runs()[record["name"]]
-            assert (record["settings_hash"], record["method"]) == (run.settings_hash, run.method), record["name"]
+            assert record["settings_hash"] == run.settings_hash and record["method"] == run.method, run.name
             assert record["settings"] == run.as_dict()
