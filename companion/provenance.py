@@ -1,6 +1,7 @@
 """Where a number comes from: code, machine and date."""
 
 import datetime
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -12,7 +13,8 @@ from companion.paths import ROOT
 
 
 def provenance():
-    """Commit (with "+" where the tree had changes), versions, hardware and date, as a JSON-able dict."""
+    """Commit (with "+" where the tree had changes; from $GIT_COMMIT where the code has no history), versions,
+    hardware and date, as a JSON-able dict."""
     return dict(
         commit=_commit(),
         flowlib=flowlib.__version__,
@@ -31,7 +33,7 @@ def _commit():
     try:
         return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("GIT_COMMIT", "unknown")
 
 
 def _hardware():

@@ -223,6 +223,23 @@ PROFILES = {
             "resnet": Training(num_steps=6000, batch_size=8, lr=5e-4, validate_every=300, mirror=True),
         },
     ),
+    # The paper's networks, minutes a run on a large GPU.
+    "gpu": Profile(
+        flow=dict(num_levels=4, num_steps=18, hidden_channels=512),
+        unet=dict(width=64),
+        resnet=dict(width=128),
+        pretraining=Training(
+            num_steps=2600, batch_size=64, lr=8e-4, warmup_steps=100, validate_every=130, mirror=True
+        ),
+        noisy_pretraining=Training(num_steps=1000, batch_size=64, lr=4e-4, validate_every=100, mirror=True),
+        unfolding={
+            "glow": Training(
+                num_steps=1600, batch_size=16, lr=4e-5, clip_norm=0.1, validate_every=100, mirror=True
+            ),
+            "unet": Training(num_steps=4000, batch_size=16, lr=5e-4, validate_every=200, mirror=True),
+            "resnet": Training(num_steps=6000, batch_size=16, lr=5e-4, validate_every=300, mirror=True),
+        },
+    ),
     "paper": Profile(
         flow=dict(num_levels=4, num_steps=18, hidden_channels=512),
         unet=dict(width=64),

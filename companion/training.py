@@ -64,18 +64,19 @@ def _train_flow(experiment, run, directory):
         order = torch.randperm(len(train), generator=generator_for(seed, "initialize"))[:256].numpy()
         glow.initialize(prepare(train[order], "initialize"))
 
-    def batch_loss(indices, step):
-        return glow.bits_per_dim(prepare(train[indices], "pretrain", step)).mean()
+    def make_batch(indices, step):
+        return (prepare(train[indices], "pretrain", step),)
+
+    def loss(x):
+        return glow.bits_per_dim(x).mean()
 
     def validation_loss():
         values = [glow.bits_per_dim(prepare(batch, "validation", i)) for i, batch in enumerate(batches(val))]
         return torch.cat(values).mean().item()
 
     groups = [{"params": list(glow.parameters()), "lr": settings.lr}]
-    identity = _identity(run, images)
-    return glow, fit(
-        glow, groups, batch_loss, validation_loss, settings, len(train), seed, directory, identity
-    )
+    arguments = (settings, len(train), seed, directory, _identity(run, images))
+    return glow, fit(glow, groups, make_batch, loss, validation_loss, *arguments)
 
 
 def _fresh_prox(experiment, run):
@@ -133,12 +134,11 @@ def _train_solver(experiment, run, directory):
         x = x.to(device())
         return x, operator.measure(x, generator_for(seed, purpose, step))
 
-    def training_pair(indices, step):
+    def make_batch(indices, step):
         x = mirrored(train[indices], seed, step) if settings.mirror else train[indices]
         return measured(x, "measure", step)
 
-    def batch_loss(indices, step):
-        x, y = training_pair(indices, step)
+    def loss(x, y):
         return (solver(y, operator) - x).square().mean()
 
     def validation_loss():
@@ -149,9 +149,9 @@ def _train_solver(experiment, run, directory):
         return torch.cat(losses).mean().item()
 
     @torch.no_grad()
-    def explain(indices, step):
-        return find_nonfinite_fold(solver(training_pair(indices, step)[1], operator, return_folds=True)[1])
+    def explain(x, y):
+        return find_nonfinite_fold(solver(y, operator, return_folds=True)[1])
 
-    groups, identity = parameter_groups(solver, settings), _identity(run, images)
-    arguments = (batch_loss, validation_loss, settings, len(train), seed, directory, identity, explain)
-    return solver, fit(solver, groups, *arguments)
+    functions = (make_batch, loss, validation_loss)
+    arguments = (settings, len(train), seed, directory, _identity(run, images), explain)
+    return solver, fit(solver, parameter_groups(solver, settings), *functions, *arguments)

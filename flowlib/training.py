@@ -84,29 +84,32 @@ def learning_rate_factor(step: int, settings: Training, restarts: Sequence[dict]
 def fit(
     model: nn.Module,
     groups: list[dict],
-    batch_loss: Callable[[np.ndarray, int], Tensor],
+    make_batch: Callable[[np.ndarray, int], tuple[Tensor, ...]],
+    loss: Callable[..., Tensor],
     validation_loss: Callable[[], float],
     settings: Training,
     num_images: int,
     seed: int,
     directory: Path,
     identity: dict | None = None,
-    explain: Callable[[np.ndarray, int], str | None] | None = None,
+    explain: Callable[..., str | None] | None = None,
 ) -> dict:
     """Trains model in place, by Adam, to the weights that were best on validation; returns a summary.
 
-    groups: optimizer parameter groups with their own lr. batch_loss(indices, step) -> scalar tensor. Writes
-    directory/log.csv and, every settings.checkpoint_minutes and at the end, directory/resume.safetensors,
-    from which training goes on. identity: what else the run depends on, such as the images' hash. A run whose
-    loss or gradient is not finite, or whose validation loss is more than three times its best, goes on from
-    its best weights at half the rate. Raises ValueError for fewer images than a batch, or a resume file of
-    another run; Diverged after settings.max_restarts restarts, with explain(indices, step) as the reason."""
+    groups: optimizer parameter groups with their own lr. make_batch(indices, step) draws what loss(*batch)
+    makes a scalar tensor of; on a GPU a step is captured as a graph, so loss must neither draw nor wait.
+    Writes directory/log.csv and, every settings.checkpoint_minutes and at the end,
+    directory/resume.safetensors, from which training goes on. identity: what else the run depends on, such as
+    the images' hash. A run whose loss or gradient is not finite, or whose validation loss is more than three
+    times its best, goes on from its best weights at half the rate. Raises ValueError for fewer images than a
+    batch, or a resume file of another run; Diverged, with explain(*batch) as the reason, after
+    settings.max_restarts restarts."""
     from tqdm.auto import tqdm  # here, so that flowlib needs it for training alone
 
     if num_images < settings.batch_size:
         raise ValueError(f"{num_images} training images are fewer than one batch of {settings.batch_size}")
     identity = {"training": asdict(settings), "seed": seed, "num_images": num_images} | (identity or {})
-    run = _Run(model, groups, settings, identity, directory)
+    run = _Run(model, groups, loss, settings, identity, directory)
     run.resume()
     state = run.state
     set_compute_dtype(model, torch.bfloat16 if settings.bf16 else None)
@@ -114,9 +117,9 @@ def fit(
     with tqdm(**bar) as progress:
         while not run.finished():
             indices = batch_indices(state["step"], settings.batch_size, num_images, seed)
-            loss = run.step(batch_loss, indices, explain)
+            value = run.step(make_batch(indices, state["step"]), explain)
             if state["step"] % settings.validate_every == 0 or state["step"] == settings.num_steps:
-                value = run.validate(validation_loss, loss)
+                value = run.validate(validation_loss, value)
                 progress.set_postfix(val_loss=f"{value:.5f}")
             progress.update()
             run.save_now_and_then()
@@ -130,9 +133,9 @@ def fit(
 class _Run:
     """The state of one training: what is saved, and how it goes on."""
 
-    def __init__(self, model, groups, settings, identity, directory):
-        self.model, self.groups, self.settings, self.identity = model, groups, settings, identity
-        self.directory, self.path = directory, directory / "resume.safetensors"
+    def __init__(self, model, groups, loss, settings, identity, directory):
+        self.model, self.groups, self.loss, self.settings = model, groups, loss, settings
+        self.identity, self.directory, self.path = identity, directory, directory / "resume.safetensors"
         self.parameters = [p for group in groups for p in group["params"]]
         self.rates = [group["lr"] for group in groups]
         self.optimizer = self._new_optimizer()
@@ -143,8 +146,12 @@ class _Run:
         self._last_cpu = time.process_time()
 
     def _new_optimizer(self):
-        groups = [dict(group) for group in self.groups]
-        return torch.optim.AdamW(groups, eps=1e-8, weight_decay=self.settings.weight_decay, fused=True)
+        self._captured = None
+        device = self.parameters[0].device
+        # The rate is a tensor so that a captured step can read it.
+        groups = [group | {"lr": torch.tensor(float(group["lr"]), device=device)} for group in self.groups]
+        decay, captured = self.settings.weight_decay, device.type == "cuda"
+        return torch.optim.AdamW(groups, weight_decay=decay, fused=True, capturable=captured)
 
     def _keep_best(self):
         self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
@@ -152,25 +159,59 @@ class _Run:
     def finished(self):
         return self.state["step"] >= self.settings.num_steps or self.state["stopped_early"]
 
-    def step(self, batch_loss, indices, explain):
+    def step(self, batch, explain):
         """One step of Adam; the loss."""
-        step = self.state["step"]
-        factor = learning_rate_factor(step, self.settings, self.state["restarts"])
+        factor = learning_rate_factor(self.state["step"], self.settings, self.state["restarts"])
         for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * factor
+            group["lr"].fill_(rate * factor)
         self.model.train()
+        if self.parameters[0].device.type == "cuda":
+            self._captured = self._captured or self._capture(batch)
+            graph, inputs, outputs = self._captured
+            for kept, new in zip(inputs, batch):
+                kept.copy_(new)
+            graph.replay()
+        else:
+            outputs = self._update(batch)
+        loss, norm = (value.item() for value in outputs)
+        if not math.isfinite(loss + norm):
+            where = (explain and explain(*batch)) or "the gradient"
+            self._restart(f"loss {loss:.4g}, gradient norm {norm:.4g}; first not finite: {where}")
+        self.state["step"] += 1
+        return loss
+
+    def _update(self, batch):
+        """The loss, and the norm of its gradient; where that is not finite, no weight changes."""
         self.optimizer.zero_grad()
-        loss = batch_loss(indices, step)
+        loss = self.loss(*batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
-        found = loss.item(), norm.item()
-        if all(map(math.isfinite, found)):
-            self.optimizer.step()
-        else:
-            where = (explain and explain(indices, step)) or "the gradient"
-            self._restart(f"loss {found[0]:.4g}, gradient norm {found[1]:.4g}; first not finite: {where}")
-        self.state["step"] = step + 1
-        return found[0]
+        loss = loss.detach()
+        self.optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
+        self.optimizer.step()
+        return loss, norm
+
+    def _capture(self, batch):
+        """_update as one CUDA graph: a flow is thousands of small kernels, and to launch one takes longer
+        than to run it."""
+        inputs = [value.clone() for value in batch]
+        model = {k: v.clone() for k, v in self.model.state_dict().items()}
+        moments = {p: {k: v.clone() for k, v in s.items()} for p, s in self.optimizer.state.items()}
+        torch.backends.cuda.preferred_linalg_library("cusolver")  # the others cannot be captured
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # in which libraries choose their kernels, and Adam makes its moments
+                    self._update(inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                outputs = self._update(inputs)
+        self.model.load_state_dict(model)
+        for parameter, state in self.optimizer.state.items():
+            for key, value in state.items():
+                value.copy_(moments[parameter][key]) if parameter in moments else value.zero_()
+        return graph, inputs, outputs
 
     def validate(self, validation_loss, loss):
         """Keeps the best weights, or starts again from them if the model fell apart; the validation loss."""

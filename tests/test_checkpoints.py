@@ -122,12 +122,12 @@ def test_tied_folds_train(tmp_path):
     solver, x = UnfoldedPGD([prox, prox], torch.zeros(1, 3, 16, 16)), torch.rand(4, 3, 16, 16) - 0.5
     operator = Inpainting(5, 16)
 
-    def loss(indices, step):
-        return (solver(operator.A(x[indices]), operator) - x[indices]).square().mean()
+    def loss(x):
+        return (solver(operator.A(x), operator) - x).square().mean()
 
     settings = Training(num_steps=3, batch_size=2, lr=1e-3, validate_every=1, bf16=False)
     groups = [{"params": list(solver.parameters()), "lr": 1e-3}]
-    arguments = (groups, loss, lambda: loss(np.arange(4), 0).item(), settings, 4, 0, tmp_path)
+    arguments = (groups, lambda i, s: (x[i],), loss, lambda: loss(x).item(), settings, 4, 0, tmp_path)
     assert fit(solver, *arguments)["steps"] == fit(solver, *arguments)["steps"] == 3
 
 

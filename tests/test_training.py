@@ -141,15 +141,18 @@ def test_a_run_that_falls_apart_goes_on_from_its_best_weights(tmp_path):
     settings = Training(num_steps=12, batch_size=1, lr=0.1, warmup_steps=1, validate_every=2, bf16=False)
     seen = []
 
-    def batch_loss(indices, step):
+    def make_batch(indices, step):
+        return (torch.tensor(math.nan if step == 5 else 1.0),)
+
+    def loss(factor):
         seen.append(model.weight.item())
-        return model.weight.square().sum() * (math.nan if step == 5 else 1.0)
+        return model.weight.square().sum() * factor
 
     def validation_loss():
         return 1e6 if len(seen) == 8 else model.weight.square().item()
 
     groups = [{"params": [model.weight], "lr": 0.1}]
-    summary = fit(model, groups, batch_loss, validation_loss, settings, 1, 0, tmp_path)
+    summary = fit(model, groups, make_batch, loss, validation_loss, settings, 1, 0, tmp_path)
     assert [restart["step"] for restart in summary["restarts"]] == [5, 8]
     assert "not finite" in summary["restarts"][0]["reason"] and "1e+06" in summary["restarts"][1]["reason"]
     best_at_4 = summary["history"][1]["val_loss"]
@@ -160,7 +163,8 @@ def test_a_run_that_falls_apart_goes_on_from_its_best_weights(tmp_path):
         fit(
             model,
             groups,
-            lambda i, s: model.weight.sum() * math.nan,
+            make_batch,
+            lambda _: model.weight.sum() * math.nan,
             lambda: 0.0,
             settings,
             1,
