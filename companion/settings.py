@@ -234,7 +234,7 @@ PROFILES = {
         noisy_pretraining=Training(num_steps=1000, batch_size=64, lr=4e-4, validate_every=100, mirror=True),
         unfolding={
             "glow": Training(
-                num_steps=1600, batch_size=16, lr=4e-5, clip_norm=0.1, validate_every=100, mirror=True
+                num_steps=450, batch_size=16, lr=4e-5, clip_norm=0.1, validate_every=100, mirror=True
             ),
             "unet": Training(num_steps=4000, batch_size=16, lr=5e-4, validate_every=200, mirror=True),
             "resnet": Training(num_steps=6000, batch_size=16, lr=5e-4, validate_every=300, mirror=True),
