@@ -32,7 +32,7 @@ TRAINING = [name for name, page in PAGES.items() if page.runs]
 OOD = OOD_IMAGES.get(DATASET)
 if OOD and not (Path(BUILD) / "data" / OOD).exists() and not OOD.startswith("synthetic") and not sources_of(OOD):
     OOD = None  # the user has CelebA only
-TABLES = ["table1.csv", "table1_recorded.csv", "numbers.csv", "provenance.csv", "build.md", "findings.md"]
+TABLES = ["table1.csv", "table1_recorded.csv", "numbers.csv", "provenance.csv", "build.md", "front.md"]
 CHOICE = shlex.join(
     ["--profile", PROFILE, "--dataset", DATASET, "--edition", EDITION, "--seed", SEED, "--build", BUILD]
 )
@@ -197,11 +197,14 @@ rule stage:
     output:
         directory(f"{BUILD}/stage"),
     shell:
-        "mkdir -p {output}/notebooks {output}/tables {output}/results"
+        "mkdir -p {output}/notebooks {output}/tables {output}/results {output}/extra/records"
         " && cp -r _config.yml _toc.yml book {output}"
         " && if [ -d results ]; then cp -r results {output}; fi"
+        # Every number's record goes with the book: those kept with the code, and this build's own.
+        " && if [ -d results/runs ]; then cp -r results/runs/. {output}/extra/records; fi"
+        f" && if [ -d {BUILD}/records ]; then cp -r {BUILD}/records/. {{output}}/extra/records; fi"
         " && cp {input.notebooks} {output}/notebooks"
-        " && cp {input.tables} {output}/tables"
+        f" && cp {BUILD}/tables/* {{output}}/tables"
         " && cp -r {input.explorer} {output}/book/_static"
 
 

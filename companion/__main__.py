@@ -121,9 +121,12 @@ def _classical(**choice):
 
 
 def _tabulate(**choice):
+    from companion.front import write_front
     from companion.tables import tabulate
 
-    tabulate(_experiment(**choice))
+    experiment = _experiment(**choice)
+    tabulate(experiment)
+    write_front(experiment.build / "tables")
 
 
 def _explorer(**choice):

@@ -12,7 +12,20 @@ import torch
 from matplotlib.ticker import MaxNLocator
 
 from companion.settings import METHODS, TASKS
-from companion.tables import PAPER_TABLES, compare, minutes, outcomes, part, plus_minus, signed, verdict
+from companion.tables import (
+    PAPER_TABLES,
+    Link,
+    anchor,
+    compare,
+    machine,
+    minutes,
+    outcomes,
+    part,
+    plus_minus,
+    record_of,
+    signed,
+    verdict,
+)
 from flowlib.images import to_uint8
 from flowlib.metrics import psnr
 
@@ -59,13 +72,13 @@ def pixels(image):
 
 
 @styled
-def image_grid(columns, below=None, row_labels=None):
+def image_grid(columns, below=None, row_labels=None, width=WIDTH):
     """Images side by side: {title: images of one column}. below: {title: one text an image}, row_labels: one
-    a row."""
+    a row; width in inches."""
     num_rows, num_columns = max(map(len, columns.values())), len(columns)
     texts = below is not None
-    height = num_rows * (0.97 * WIDTH / num_columns + 0.2 * texts) + 0.3
-    figure, axes = plt.subplots(num_rows, num_columns, figsize=(WIDTH, height), squeeze=False)
+    height = num_rows * (0.97 * width / num_columns + 0.2 * texts) + 0.3
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=(width, height), squeeze=False)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
     for column, (title, images) in zip(axes.T, columns.items()):
         column[0].set_title(title, fontsize=11 if num_columns < 5 else 9)
@@ -168,22 +181,23 @@ def fold_curves(records):
 
 @styled
 def learning_curves(records, paper=None):
-    """Validation quality, −10 log10 of the mean squared error, over images seen and over minutes of training;
-    one row a task, one line a method. paper: {(task, method): PSNR}, drawn as dotted lines in the methods'
-    colours."""
+    """Validation quality, −10 log10 of the mean squared error, over images seen and, where all ran on one
+    kind of machine, over minutes of training; one row a task, one line a method. paper: {(task, method):
+    PSNR}, drawn as dotted lines in the methods' colours."""
     records = [r for r in records if r["kind"] == "solver" and len(r["training"]["history"]) > 1]
     records = [r for r in records if r["method"] in COLOURS]
     tasks = list(dict.fromkeys(r["task"] for r in records))
-    figure, axes = plt.subplots(
-        len(tasks), 2, figsize=(WIDTH, 0.6 + 2.6 * len(tasks)), squeeze=False, sharey="row"
-    )
+    num_columns = 2 if len({r["trained"]["hardware"] for r in records}) == 1 else 1
+    size = (WIDTH, 0.6 + 2.6 * len(tasks))
+    figure, axes = plt.subplots(len(tasks), num_columns, figsize=size, squeeze=False, sharey="row")
     for row, task in zip(axes, tasks):
         for r in (r for r in records if r["task"] == task):
             history = [h for h in r["training"]["history"] if h["val_loss"]]
             quality = [-10 * np.log10(h["val_loss"]) for h in history]
             style = dict(ms=3, lw=1.4, color=COLOURS[r["method"]], label=METHODS[r["method"]].short)
             row[0].plot([h["images_seen"] / 1000 for h in history], quality, "o-", **style)
-            row[1].plot([minutes(h) for h in history], quality, "o-", **style)
+            if num_columns == 2:
+                row[1].plot([minutes(h) for h in history], quality, "o-", **style)
         for (of, method), value in (paper or {}).items():
             if of == task and method in COLOURS:
                 for axis in row:
@@ -191,7 +205,8 @@ def learning_curves(records, paper=None):
         row[0].set(ylabel="validation, dB")
         row[0].set_title(TASKS[task].label, loc="left")
     axes[-1, 0].set_xlabel("thousand images seen")
-    axes[-1, 1].set_xlabel("minutes of training")
+    if num_columns == 2:
+        axes[-1, 1].set_xlabel("minutes of training")
     handles = {text: handle for axis in axes[:, 0] for handle, text in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=9.5)
     return figure
@@ -249,6 +264,11 @@ def response_dots(rows):
     return figure
 
 
+def arithmetic_limit(rows, machine, dtype):
+    """GFLOP/s that this machine was seen to reach: on some, convolutions are faster than matrix products."""
+    return max(machine["matmul_gflops"][dtype], *(r["gflops"] for r in rows if r["dtype"] == dtype))
+
+
 @styled
 def roofline(rows, machine):
     """GFLOP/s of each convolution over its arithmetic intensity, under the limits measured on the same
@@ -256,7 +276,8 @@ def roofline(rows, machine):
     figure, axis = plt.subplots(figsize=(WIDTH, 3.8))
     intensity = np.geomspace(2, 2000, 100)
     for dtype, colour in (("float32", COLOURS["unet"]), ("bfloat16", COLOURS["resnet"])):
-        limit = np.minimum(machine["matmul_gflops"][dtype], machine["bandwidth_gb_per_s"] * intensity)
+        limit = arithmetic_limit(rows, machine, dtype)
+        limit = np.minimum(limit, machine["bandwidth_gb_per_s"] * intensity)
         axis.plot(intensity, limit, color=colour, lw=1.2, label=f"{dtype}: limit")
         for conv, marker in (("conv1", "^"), ("conv2", "o"), ("conv3", "v")):
             points = [r for r in rows if (r["dtype"], r["conv"]) == (dtype, conv)]
@@ -296,22 +317,23 @@ def blur_evidence(rows):
     return figure
 
 
-def html_table(rows, caption):
-    """A list of dicts with the same keys as a table for IPython.display.HTML; alike in Lab and in the
-    book."""
+def html_table(rows, caption, sortable=False):
+    """A list of dicts with the same keys as a table for IPython.display.HTML; alike in Lab and in the book.
+    Cells may be tables.Link. sortable: by a click on a heading, with a field to filter by, in the book."""
     if not rows:
         return f"<p>{html.escape(caption)} No run is recorded yet.</p>"
 
+    def cell(tag, value):
+        text = anchor(value) if isinstance(value, Link) else html.escape(str(value))
+        wrap = "nowrap" if len(str(value)) < 16 else "normal"
+        return f'<{tag} style="text-align: left; white-space: {wrap}">{text}</{tag}>'
+
     def line(tag, values):
-        cells = ""
-        for text in map(str, values):
-            wrap = "nowrap" if len(text) < 16 else "normal"
-            cells += f'<{tag} style="text-align: left; white-space: {wrap}">{html.escape(text)}</{tag}>'
-        return f"<tr>{cells}</tr>"
+        return f"<tr>{''.join(cell(tag, value) for value in values)}</tr>"
 
     body = "".join(line("td", row.values()) for row in rows)
     return (
-        '<table class="table dataframe"><caption><span class="caption-text">'
+        f'<table class="table dataframe{" sortable" * sortable}"><caption><span class="caption-text">'
         f"{html.escape(caption)}</span></caption>"
         f"<thead>{line('th', rows[0])}</thead><tbody>{body}</tbody></table>"
     )
@@ -369,6 +391,89 @@ def beside_paper(task, methods, paper, kept, here, evaluation=None):
         }
         for method in methods
     ]
+
+
+def every_run(task, edition, records):
+    """Rows, one a recorded run of a task, whatever its budget: what it had, and what came out."""
+    here = [r for r in records if r["kind"] == "solver" and r["task"] == task]
+    return [
+        {
+            "Method": METHODS[r["method"]].label,
+            "Profile": r["experiment"]["profile"],
+            "Parameters a fold": f"{r['num_parameters']:,}",
+            "Images seen": f"{r['training']['images_seen']:,}",
+            "Minutes": f"{minutes(r['training']):.1f}",
+            "On": machine(r),
+            "Ours, dB": plus_minus(r["psnr"]),
+            "Record": record_of(r),
+        }
+        for r in sorted(here, key=lambda r: -r["psnr"]["mean"])
+        if r["experiment"]["edition"] == edition
+    ]
+
+
+@styled
+def fold_diagram(y, x0, folds, numbers, original):
+    """The folds as a diagram: each row one fold, the image after its data step, the path through the latent
+    space, and the image after its prox. numbers: the record's means over its test images."""
+    rows, side = len(folds), 1.0
+    figure, axis = plt.subplots(figsize=(7.2, 1.18 * rows + 1.5))
+    axis.set(xlim=(0, 6.1), ylim=(-rows * 1.18 - 0.1, 1.25), aspect="equal")
+    axis.axis("off")
+
+    def image(tensor, x, top, text):
+        axis.imshow(pixels(tensor), extent=(x, x + side, top - side, top), interpolation="nearest", zorder=2)
+        axis.text(x + side / 2, top + 0.03, text, ha="center", va="bottom", fontsize=8.5)
+
+    def arrow(start, end, text="", color=GREY):
+        axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=color, lw=1.3))
+        if text:
+            middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+            axis.text(middle[0], middle[1] + 0.05, text, ha="center", va="bottom", fontsize=8.5)
+
+    image(y, 0.0, 1.05, "measurement $y$")
+    image(x0, 1.55, 1.05, "initial guess $x_0 = g(0)$")
+    image(original, 5.05, 1.05, "original")
+    arrow((2.05, 0.03), (2.05, -0.06))
+    for k, (fold, row) in enumerate(zip(folds, numbers), start=1):
+        top = -0.18 - 1.18 * (k - 1)
+        middle = top - side / 2
+        axis.text(0.62, middle + 0.18, f"fold {k}", ha="center", fontsize=10, weight="bold")
+        axis.text(0.62, middle - 0.05, rf"$\mu$ = {row['step_size']:.2f}", ha="center", fontsize=8.5)
+        axis.text(0.62, middle - 0.26, rf"$\lambda$ = {row['shrinkage']:+.3f}", ha="center", fontsize=8.5)
+        axis.imshow(pixels(fold.x_tilde[0]), extent=(1.55, 2.55, top - side, top), interpolation="nearest")
+        arrow((2.6, middle), (3.3, middle), r"$f_k$")
+        box = dict(boxstyle="round,pad=0.35", fc="#EAF5F1", ec=COLOURS["glow"])
+        norms = rf"$\Vert \tilde{{z}} \Vert$ = {row['latent_norm_tilde']:.0f}" + "\n÷ (1 + λ)\n"
+        norms += rf"$\Vert z \Vert$ = {row['latent_norm']:.0f}"
+        axis.text(3.8, middle, norms, ha="center", va="center", fontsize=8, bbox=box)
+        arrow((4.3, middle), (5.0, middle), r"$g_k$")
+        axis.imshow(pixels(fold.x[0]), extent=(5.05, 6.05, top - side, top), interpolation="nearest")
+        for x, key in ((2.05, "_tilde"), (5.55, "")):
+            told = f"{row[f'psnr{key}']:.1f} dB, {row[f'bits_per_dim{key}']:.1f} bits/dim"
+            axis.text(x, top - side - 0.03, told, ha="center", va="top", fontsize=7.5, color=INK)
+    axis.set(xlim=(0, 6.1), ylim=(-rows * 1.18 - 0.25, 1.25))
+    return figure
+
+
+def likelihood_sentence(record):
+    """Whether the likelihood rises through the folds of a flow solver, in words, from its record."""
+    folds = record["folds"]
+    if any(value is None for fold in folds for value in fold.values()):
+        return "not all of its numbers are finite, so nothing can be said."
+    inside = [k for k, fold in enumerate(folds, start=1) if fold["bits_per_dim"] < fold["bits_per_dim_tilde"]]
+    path = [fold["bits_per_dim"] for fold in folds]
+    between = all(after < before for before, after in zip(path, path[1:]))
+    names = ", ".join(map(str, inside))
+    within = (
+        "in every fold" if len(inside) == len(folds) else f"in fold {names} only" if inside else "in no fold"
+    )
+    trail = " → ".join(f"{value:.2f}" for value in path)
+    steady = "rises from fold to fold" if between else "does not rise from fold to fold"
+    return (
+        f"the prox raises the likelihood {within}, and what leaves the folds ({trail} bits per dimension, "
+        f"each by its own flow) {steady}."
+    )
 
 
 def fold_rows(records):

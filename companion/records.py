@@ -45,8 +45,9 @@ def recorded() -> list[dict]:
 
 def comparison(records: list[dict], edition: str) -> list[dict]:
     """The records of one edition to compare: profiles must not be mixed within a task, so for each task those
-    of one profile, data set and seed are taken, of the one whose main methods are all there and were trained
-    for longest. Classical methods need no training: they come from any profile on the same images."""
+    of one profile, data set and seed are taken, of the one whose main methods are all there and whose least
+    trained one was trained for longest. Classical methods need no training: they come from any profile on the
+    same images."""
 
     def key(record):
         return tuple(record["experiment"][name] for name in ("profile", "dataset", "seed"))
@@ -58,9 +59,10 @@ def comparison(records: list[dict], edition: str) -> list[dict]:
             groups[r["task"]][key(r)].append(r)
 
     def rank(group):
-        methods = {r["method"] for r in group}
-        complete = {"unet", "resnet"} <= methods and bool(methods & {"glow", "glow-noisy"})
-        return complete, max(r["training"]["images_seen"] for r in group)
+        seen = {r["method"]: r["training"]["images_seen"] for r in group}
+        flow = max((seen[method] for method in ("glow", "glow-noisy") if method in seen), default=0)
+        least = min(seen.get("unet", 0), seen.get("resnet", 0), flow)
+        return least, max(seen.values())
 
     chosen = [record for of_task in groups.values() for record in max(of_task.values(), key=rank)]
     pixels = {r["data"]["pixels_sha256"] for r in chosen if "data" in r}

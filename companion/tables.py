@@ -2,11 +2,13 @@
 records."""
 
 import csv
+import html
+import shutil
 from typing import NamedTuple
 
 import numpy as np
 
-from companion.files import write_csv, write_text
+from companion.files import write_csv, write_json, write_text
 from companion.paths import RESULTS
 from companion.records import comparison, mean_and_interval, recorded
 from companion.runs import records_of_build
@@ -75,6 +77,12 @@ def plus_minus(value: dict, digits: int = 2) -> str:
 def minutes(training: dict) -> float:
     """Of the processor, which others on the machine do not lengthen, where they were counted."""
     return (training.get("cpu_seconds") or training["seconds"]) / 60
+
+
+def machine(record: dict) -> str:
+    """What a run was trained on, in short."""
+    hardware = record["trained"]["hardware"]
+    return "a CPU core" if "thread" in hardware else hardware.split(" 80GB")[0]
 
 
 def below_measurement(record: dict) -> int:
@@ -189,13 +197,14 @@ def _without_training(task, records):
             yield {"Method": label, "Paper, dB": "–"} | _NOT_RUN | numbers | worst
 
 
-def provenance_rows(records):
-    """One row a run: what made it, on what, when and in what time. Classical methods have no training."""
+def provenance_rows(here: list[dict], kept: list[dict]) -> list[dict]:
+    """One row a run of this build, then one a recorded one: what made it, on what, when and in what time.
+    Classical methods have no training."""
     return [
         {
             "Run": r["name"],
             "Edition": r["experiment"]["edition"],
-            "Settings": r.get("settings_hash", "–"),
+            "Record": anchor(record_of(r, r in here)),
             "Commit": made["commit"],
             "Profile": r["experiment"]["profile"],
             "Data set": r["experiment"]["dataset"],
@@ -206,7 +215,7 @@ def provenance_rows(records):
             "Steps": f"{r['training']['steps']:,}" if "training" in r else "–",
             "Parameters": f"{r['num_parameters']:,}" if "num_parameters" in r else "–",
         }
-        for r in records
+        for r in here + [r for r in kept if r not in here]
         for made in [r.get("trained") or r["evaluated"]]
     ]
 
@@ -294,6 +303,7 @@ def costs(task, records):
             "GFLOP an image": f"{r['gflop_per_image']:.2f}" if "gflop_per_image" in r else "–",
             "ms an image": f"{r['milliseconds_per_image']:.1f}",
             "Training": f"{minutes(r['training']):.1f} min",
+            "On": machine(r),
             "Images seen": f"{r['training']['images_seen']:,}",
             "Ours, dB": plus_minus(r["psnr"]),
         }
@@ -339,14 +349,80 @@ def claims(name: str, edition: str, records: list[dict]) -> list[dict]:
     return rows
 
 
+def every_claim(edition: str, records: list[dict]) -> list[dict]:
+    """Rows: every order of two methods that the paper draws conclusions from, run or not."""
+    rows = []
+    for (name, of), about in PAPER_TABLES.items():
+        if of == edition:
+            paper, found = paper_table(name, edition), claims(name, edition, records)
+            known = {(row["Task"], row["Setting"], row["Claim"]): row for row in found}
+            for task in dict.fromkeys(key[0] for key in paper):
+                for first, second in about.pairs:
+                    if {(task, first), (task, second)} <= set(paper):
+                        head = {
+                            "Task": TASKS[task].kind,
+                            "Setting": setting(task, about.evaluation),
+                            "Claim": f"{METHODS[first].label} over {METHODS[second].label}",
+                        }
+                        printed = signed(paper[task, first] - paper[task, second])
+                        missing = {"Paper, dB": printed, "Ours, dB": "–", "Seeds": 0, "Verdict": "not run"}
+                        row = known.get(tuple(head.values()), head | missing)
+                        link = Link("page", page_of(name, edition, task))
+                        rows.append({"Edition": edition, "Table": name} | row | {"Page": link})
+    return rows
+
+
+class Link(NamedTuple):
+    """A cell of a table that leads somewhere; href: from a page of the book."""
+
+    text: str
+    href: str
+
+    def __str__(self):
+        return self.text
+
+
+_PAGES = {
+    ("I", "v2"): "in_distribution",
+    ("II", "v2"): "plug_and_play",
+    ("III", "v2"): "ood_measurements",
+    ("IV", "v2"): "ood_images",
+    ("I", "v1"): "in_distribution",
+    ("II", "v1"): "ood_images",
+    ("III", "v1"): "pretraining_ablation",
+}
+
+
+def page_of(name: str, edition: str, task: str) -> str:
+    """The page of the experiment behind one of the paper's tables, for a task."""
+    return f"../notebooks/{_PAGES[name, edition]}-{TASKS[task].kind}.html"
+
+
+def record_of(record: dict, of_build: bool = False) -> Link:
+    """Where the book holds the record of a run, recorded or of this build, by the hash of its settings."""
+    names = record["experiment"]
+    place = ["this-build" if of_build else f"{names['profile']}-{names['dataset']}-s{names['seed']}"]
+    place += [names["edition"]] if record["kind"] != "flow" else []
+    text = record.get("settings_hash") or record["name"]
+    return Link(text, "../records/" + "/".join([*place, f"{record['name']}.json"]))
+
+
+def anchor(link: Link) -> str:
+    """A link in HTML."""
+    return f'<a href="{html.escape(link.href)}">{html.escape(link.text)}</a>'
+
+
 def every_number(records: list[dict]) -> list[dict]:
     """Rows: every number of the paper's tables, of both editions, beside ours."""
     rows = []
     for (name, edition), about in PAPER_TABLES.items():
-        ours = outcomes([r for r in records if r["experiment"]["edition"] == edition], about.evaluation)
+        of_edition = [r for r in records if r["experiment"]["edition"] == edition]
+        ours = outcomes(of_edition, about.evaluation)
         for (task, method), value in paper_table(name, edition).items():
             record = ours.get((task, method))
             found = part(record, about.evaluation)["psnr"] if record and record["kind"] == "solver" else None
+            finite = found and found["mean"] is not None
+            away = found["mean"] - value if finite else None
             rows.append(
                 {
                     "Edition": edition,
@@ -356,14 +432,19 @@ def every_number(records: list[dict]) -> list[dict]:
                     "Method": METHODS[method].label,
                     "Paper, dB": f"{value:.2f}",
                     "Ours, dB": plus_minus(found) if found else "diverged" if record else "not run",
-                    "Difference, dB": signed(found["mean"] - value)
-                    if found and found["mean"] is not None
-                    else "–",
-                    "Remark": (record and too_little_training(record, records)) or "–",
-                    "Settings": record["settings_hash"] if record else "–",
+                    "Difference, dB": signed(away) if finite else "–",
+                    "Ours is": _beside(away, found["half_width"]) if finite else "–",
+                    "Remark": (record and too_little_training(record, of_edition)) or "–",
+                    "Profile": record["experiment"]["profile"] if record else "–",
+                    "Record": record_of(record) if record else "–",
+                    "Page": Link("page", page_of(name, edition, task)),
                 }
             )
     return rows
+
+
+def _beside(away, half_width):
+    return "equal within ±" if abs(away) <= half_width else "higher" if away > 0 else "lower"
 
 
 def budget(records: list[dict]) -> str:
@@ -443,11 +524,13 @@ def tabulate(experiment):
     here, kept = records_of_build(experiment), recorded()
     tables = experiment.build / "tables"
     edition, names, sizes = experiment.names["edition"], experiment.names, experiment.split_sizes
-    solvers = any(r["kind"] == "solver" for r in kept)
     write_csv(tables / "table1.csv", table("I", edition, here))
     write_csv(tables / "table1_recorded.csv", table("I", "v2", comparison(kept, "v2")))
     write_csv(tables / "numbers.csv", every_number([r for e in ("v2", "v1") for r in comparison(kept, e)]))
-    write_csv(tables / "provenance.csv", provenance_rows(here + [r for r in kept if r not in here]))
+    write_csv(tables / "provenance.csv", provenance_rows(here, kept))
+    shutil.rmtree(experiment.build / "records", ignore_errors=True)
+    for r in here:  # those that are recorded lie in results/
+        write_json(experiment.build / record_of(r, of_build=True).href.removeprefix("../"), r)
     times = [minutes(r["training"]) for r in here if "training" in r]
     write_text(
         tables / "build.md",
@@ -458,9 +541,3 @@ def tabulate(experiment):
         f"{len(times)} trainings, {sum(times):.1f} minutes in all. "
         f"Recorded runs kept with the code: {len(kept)}.",
     )
-    lines = (
-        findings(kept)
-        if solvers
-        else ["No run on real faces is recorded yet; {doc}`build` shows what was run."]
-    )
-    write_text(tables / "findings.md", "\n".join(lines))

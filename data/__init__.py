@@ -1,7 +1,17 @@
 """From folders and zips of images to packed sets, and drawn faces for a machine that has none. This folder is
 also where the user's own images lie; git ignores those."""
 
-from .sources import ImageSet, data_dir, decode, load, prepare, prepare_into, prepare_named, prepare_synthetic, sources_of
+from .sources import (
+    ImageSet,
+    data_dir,
+    decode,
+    load,
+    prepare,
+    prepare_into,
+    prepare_named,
+    prepare_synthetic,
+    sources_of,
+)
 from .synthetic import draw_faces
 
 __all__ = [

@@ -124,7 +124,7 @@ def prepare_named(name, out, num_images=None):
     """Pack "celeba", "anime", "synthetic", "synthetic-ood" or any path into `out`.
 
     FileNotFoundError says what was looked for, where, and how to get it. `num_images` counts drawn faces
-    (default 2,000); a set of files is always packed whole. """
+    (default 2,000); a set of files is always packed whole."""
     if name in ("synthetic", "synthetic-ood"):
         return prepare_synthetic(out, num_images or 2000, "ood" if name.endswith("ood") else "natural")
     if name in ("celeba", "anime"):
@@ -149,9 +149,12 @@ def prepare_named(name, out, num_images=None):
 def prepare_into(source, folder, name=None, crop="square", num_images=None):
     """Pack a known set, or the folder or zip at a path, into folder/name; the path that it went to.
 
-    The name is by default the source's, a zip's without its suffix. Raises ValueError where it is no name of a folder."""
+    The name is by default the source's, a zip's without its suffix. Raises ValueError where it is no name of
+    a folder."""
     path = Path(source)
-    name = name or (source if source in NAMED else path.stem if path.suffix.lower() == ".zip" else path.resolve().name)
+    name = name or (
+        source if source in NAMED else path.stem if path.suffix.lower() == ".zip" else path.resolve().name
+    )
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"{name!r} is no name for a data set: choose one without slashes")
     if source in NAMED:
@@ -198,11 +201,15 @@ def _open_source(source):
             # Nothing is extracted, so no harm is done; but such an archive is not what it claims to be.
             path = PurePosixPath(member.filename.replace("\\", "/"))
             if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", str(path)):
-                raise ValueError(f"{source}: member {member.filename!r} points outside the archive: do not trust it")
+                raise ValueError(
+                    f"{source}: member {member.filename!r} points outside the archive: do not trust it"
+                )
             if member.is_dir() or not path.parts:
                 continue
             if str(path) in members:
-                raise ValueError(f"{source} holds {path} twice: one image must not be in training and test, repack it")
+                raise ValueError(
+                    f"{source} holds {path} twice: one image must not be in training and test, repack it"
+                )
             members[str(path)] = member
         yield _image_names(members, source), lambda name: _read_member(archive, members[name], source)
 
@@ -211,7 +218,9 @@ def _files(folder):
     """Names of the files of a folder at any depth, through links too, each folder once."""
 
     def unreadable(error):
-        raise ValueError(f"cannot read {error.filename} ({error.strerror}): correct its rights, or move it away")
+        raise ValueError(
+            f"cannot read {error.filename} ({error.strerror}): correct its rights, or move it away"
+        )
 
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
@@ -224,8 +233,14 @@ def _files(folder):
 
 def _image_names(names, source):
     """Those that are images, sorted; what is left out is named, with a count."""
-    shown = [p for p in map(PurePosixPath, names) if not any(part.startswith((".", "__MACOSX")) for part in p.parts)]
-    left_out = Counter(p.suffix.lower() or "without a suffix" for p in shown if p.suffix.lower() not in SUFFIXES)
+    shown = [
+        p
+        for p in map(PurePosixPath, names)
+        if not any(part.startswith((".", "__MACOSX")) for part in p.parts)
+    ]
+    left_out = Counter(
+        p.suffix.lower() or "without a suffix" for p in shown if p.suffix.lower() not in SUFFIXES
+    )
     if left_out:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
         warnings.warn(f"left out of {source}, as no images: {kinds}", stacklevel=4)
@@ -234,11 +249,15 @@ def _image_names(names, source):
 
 def _read_member(archive, member, source):
     if member.file_size > LARGEST:
-        raise ValueError(f"{member.filename} in {source} unpacks to {member.file_size / 2**20:.0f} MB: remove it")
+        raise ValueError(
+            f"{member.filename} in {source} unpacks to {member.file_size / 2**20:.0f} MB: remove it"
+        )
     try:
         return archive.read(member)
     except Exception as error:  # bad checksum, password, unknown compression
-        raise ValueError(f"cannot read {member.filename} in {source} ({error}): fetch or make the zip again") from error
+        raise ValueError(
+            f"cannot read {member.filename} in {source} ({error}): fetch or make the zip again"
+        ) from error
 
 
 def decode(data, where, crop="square", size=64):

@@ -2,7 +2,7 @@
 
 Every face is painted back to front with soft masks, in the framing of aligned CelebA: coordinates run over
 [-1, 1] (x right, y down), the eyes lie near y = 0.05 and the chin near y = 0.9. Arrays are (N, H, W), colours
-(3, N, 1, 1), so that numpy's inner loops run along image rows. """
+(3, N, 1, 1), so that numpy's inner loops run along image rows."""
 
 import numpy as np
 
@@ -291,12 +291,18 @@ class _Painter:
         width, depth = self.between(0.09, 0.135) * n, self.shading * 0.55
         side = -np.sign(self.light_x)
         away, below = x * 0.85 + side * width * 0.75, tip + 0.062 * n
-        self.dab(self.skin * 0.62, depth, away, tip - 0.2 * n, width * 0.45, 0.24 * n, soft=5)  # side in shadow
-        self.dab(self.skin * 1.25, depth * 0.6, x * 0.9, tip - 0.16 * n, width * 0.28, 0.22 * n, soft=3)  # bridge
+        self.dab(
+            self.skin * 0.62, depth, away, tip - 0.2 * n, width * 0.45, 0.24 * n, soft=5
+        )  # side in shadow
+        self.dab(
+            self.skin * 1.25, depth * 0.6, x * 0.9, tip - 0.16 * n, width * 0.28, 0.22 * n, soft=3
+        )  # bridge
         self.dab(self.skin * 0.55, 0.15 + depth, x, below, width * 1.2, 0.05 * n, soft=4)
         for s in (-1, 1):
             wing, nostril = x + s * width * 0.95, x + s * width * 0.5
-            self.dab(self.skin * 0.68, 0.1 + 0.5 * depth, wing, tip + 0.025 * n, width * 0.3, 0.055 * n, soft=2)
+            self.dab(
+                self.skin * 0.68, 0.1 + 0.5 * depth, wing, tip + 0.025 * n, width * 0.3, 0.055 * n, soft=2
+            )
             self.dab(self.skin * 0.28, 0.75, nostril, below, width * 0.3, 0.025 * n, soft=1.2)
         self.dab(self.skin * 1.35, depth * 0.9, x - side * 0.02, tip, width * 0.38, 0.045 * n, soft=3)
 
@@ -381,6 +387,8 @@ class _Painter:
         blur, noise = self.between(0.0, 0.2), self.grain + 0.0
         image[:, :, 1:-1] += blur * (image[:, :, :-2] + image[:, :, 2:] - 2 * image[:, :, 1:-1])
         image[..., 1:-1] += blur * (image[..., :-2] + image[..., 2:] - 2 * image[..., 1:-1])
-        noise[:, 1:, 1:] += 0.5 * (self.grain[:, :-1, 1:] + self.grain[:, 1:, :-1])  # neighbours share some of it
+        noise[:, 1:, 1:] += 0.5 * (
+            self.grain[:, :-1, 1:] + self.grain[:, 1:, :-1]
+        )  # neighbours share some of it
         image += np.stack([self.between(-0.035, 0.035) for _ in range(3)]) + self.within("grain") * noise
         return image

@@ -81,7 +81,7 @@ def test_records_stand_beside_the_paper_and_go_into_every_table(tmp_path, monkey
     assert tv["parameter"]["value"] in tv["parameter"]["grid"] and len(tv["psnr"]["values"]) == 8
     assert json.dumps(tv) and tv["data"]["name"] == "synthetic"
     assert records.comparison(kept, "v1") == []  # they are no solvers
-    assert all("" not in row.values() for row in tables.provenance_rows(kept))
+    assert all("" not in row.values() for row in tables.provenance_rows(kept, []))
 
     # Found again, in another build too, but not for other images.
     with monkeypatch.context() as inner:

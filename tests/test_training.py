@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_names_the_fold(smoke, monkeypatch):
         for r in tables.table("I", "v2", [record])
         if (r["Task"], r["Method"]) == ("inpainting", "GLOW prox")
     )
-    assert row["Ours, dB"] == "diverged" and tables.provenance_rows([record])[0]["Steps"] == "0"
+    assert row["Ours, dB"] == "diverged" and tables.provenance_rows([record], [])[0]["Steps"] == "0"
 
 
 def test_a_run_that_falls_apart_goes_on_from_its_best_weights(tmp_path):

@@ -16,11 +16,13 @@ from PIL import Image
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
+from companion import gallery
 from companion.figures import pixels
 from companion.files import write_json
 from companion.runs import is_finished, load
 from companion.settings import TASKS
 from companion.training import model_path
+from data.portraits import BOXES
 from flowlib.export import export_onnx
 from flowlib.files import write_atomically
 from flowlib.images import to_tensor
@@ -70,20 +72,31 @@ def grid(solver, operator, x, seed=0):
     )
 
 
+def shown(experiment):
+    """(images, labels, names of the experiment, {task: (method, solver)}): the two real faces with the flow
+    solvers that are kept with the code, or, where none is, this build's own with its first test images."""
+    solvers, names = {}, experiment.names
+    for task in SHOWN:
+        of_task = gallery.kept_records(task)
+        method = next((m for m in SHOWN[task] if m in of_task), None)
+        if method:
+            solvers[task], names = (method, gallery.solver(of_task[method])), of_task[method]["experiment"]
+    if solvers:
+        return gallery.faces(), list(BOXES), names, solvers
+    for task, methods in SHOWN.items():
+        for run in (experiment.solver(task, method) for method in methods):
+            if is_finished(experiment, run) and model_path(experiment, run).exists():  # trained, not diverged
+                solvers.setdefault(task, (run.method, load(experiment, run)))
+    images = to_tensor(experiment.split("test")[:NUM_IMAGES])
+    return images, [f"test image {i + 1}" for i in range(len(images))], names, solvers
+
+
 def write_explorer(experiment):
     """Writes build/explorer/: for every task that has one a sprite of the grid (webp) and the flow solver
     (onnx), and config.json with all numbers. Raises FileNotFoundError where no solver is trained."""
     out, tasks = experiment.build / "explorer", []
-    images = to_tensor(experiment.split("test")[:NUM_IMAGES])
-    for task, methods in SHOWN.items():
-        runs = [experiment.solver(task, method) for method in methods]
-        run = next(
-            (run for run in runs if is_finished(experiment, run) and model_path(experiment, run).exists()),
-            None,
-        )
-        if run is None:
-            continue  # not trained, or diverged
-        solver = load(experiment, run)
+    images, labels, names, solvers = shown(experiment)
+    for task, (method, solver) in solvers.items():
         operator = TASKS[task].make_operator(images.shape[-1])
         answers = torch.stack(
             [
@@ -101,7 +114,7 @@ def write_explorer(experiment):
             {
                 "task": task,
                 "label": TASKS[task].kind.capitalize(),
-                "method": run.method,
+                "method": method,
                 "sprite": f"{task}.webp",
                 "onnx": f"{task}.onnx",
                 "mu": solver.step_size.tolist(),
@@ -118,7 +131,6 @@ def write_explorer(experiment):
             f"no flow solver in {experiment.build}: make one (python -m companion run --run inpainting-glow)"
         )
     _write_image(out / "originals.png", np.concatenate([pixels(x) for x in images], axis=1))
-    labels = [f"test image {i + 1}" for i in range(len(images))]
     write_json(
         out / "config.json",
         {
@@ -126,7 +138,7 @@ def write_explorer(experiment):
             "scales": SCALES,
             "shifts": SHIFTS,
             "labels": labels,
-            "experiment": experiment.names,
+            "experiment": names,
         },
     )
 

@@ -1,0 +1,136 @@
+"""Two real faces, restored by the solvers that are kept with the code: pictures for every build, whatever it
+was trained on."""
+
+import functools
+
+import numpy as np
+import torch
+
+from companion import figures
+from companion.experiment import Experiment
+from companion.records import last_fold_only, measured, reconstruct, recorded
+from companion.runs import kept_experiments, kept_model
+from companion.settings import METHODS, TASKS
+from data.portraits import portraits
+from flowlib import GlowProx, UnfoldedPGD, psnr
+from flowlib.images import to_tensor
+
+FLOWS = ("glow", "glow-noisy")
+
+
+def faces():
+    """The two portraits, (2, 3, 64, 64) in [-0.5, 0.5]."""
+    return to_tensor(portraits())
+
+
+def kept_records(task: str, edition: str = "v2") -> dict[str, dict]:
+    """{method: record} of the kept solvers for a task: of the experiment whose flow saw most images."""
+    groups = {}
+    for r in kept_experiments():
+        if r["task"] == task and r["experiment"]["edition"] == edition:
+            groups.setdefault(tuple(r["experiment"].values()), {})[r["method"]] = r
+    seen = [
+        max([g[m]["training"]["images_seen"] for m in FLOWS if m in g], default=0) for g in groups.values()
+    ]
+    found = list(groups.values())[int(np.argmax(seen))] if groups else {}
+    return {method: found[method] for method in METHODS if method in found}
+
+
+@functools.cache
+def _model(key: tuple, task: str, method: str):
+    experiment = Experiment(*key)
+    return kept_model(experiment, experiment.solver(task, method)).eval()
+
+
+def solver(record: dict) -> UnfoldedPGD:
+    """The kept solver of a record."""
+    return _model(tuple(record["experiment"].values()), record["task"], record["method"])
+
+
+def kept_flow(noisy: bool = False):
+    """(Glow, record) of the kept flow that saw most images; None without one."""
+    flows = [r for r in kept_experiments() if r["kind"] == "flow" and r["settings"]["noisy"] == noisy]
+    if not flows:
+        return None
+    record = max(flows, key=lambda r: r["training"]["images_seen"])
+    experiment = Experiment(**record["experiment"])
+    return kept_model(experiment, experiment.flow(noisy)).eval(), record
+
+
+def plugged_in(record: dict) -> UnfoldedPGD:
+    """The solver of a plug-and-play record: nothing of it was trained but μ, so the flow as it is kept and
+    the record's numbers are all of it."""
+    experiment = Experiment(**record["experiment"])
+    glow = kept_model(experiment, experiment.flow()).eval()
+    scalars = {name: [fold[name] for fold in record["folds"]] for name in ("step_size", "shrinkage")}
+    return UnfoldedPGD([GlowProx(glow)] * len(record["folds"]), glow.mode(64).detach(), **scalars)
+
+
+@torch.no_grad()
+def restored(task: str, ood: bool = False, solvers: dict | None = None):
+    """(y, {method: x_hat}) of the two faces; ood: measured out of distribution, as the paper words it.
+    solvers: {method: UnfoldedPGD}, by default the kept ones."""
+    if solvers is None:
+        solvers = {method: solver(r) for method, r in kept_records(task).items()}
+    changes = TASKS[task].ood_parameters if ood else {}
+    y, operator = measured(task, faces(), 0, **changes)
+    estimates = {}
+    for method, model in solvers.items():
+        operators = operator
+        if ood and task == "inpainting":
+            operators = last_fold_only(TASKS[task].make_operator(64), operator, model.num_folds)
+        estimates[method] = reconstruct(model, operators, y)[0]
+    return y, estimates
+
+
+def examples(task: str, ood: bool = False):
+    """Figure: measurement, each kept method, original; a sentence where nothing is kept."""
+    y, estimates = restored(task, ood)
+    return figures.examples(faces(), y, estimates) if estimates else "No solver for this task is kept."
+
+
+def hero():
+    """Figure for the front page: the two faces measured and restored by the kept flow solvers, task by task;
+    None where one is not kept."""
+    x, columns, below = faces(), {}, {}
+    for task, name in {"inpainting": "a hole", "denoising": "noise", "deblurring": "blur"}.items():
+        found = {m: solver(r) for m, r in kept_records(task).items() if m in FLOWS}
+        if not found:
+            return None
+        y, estimates = restored(task, solvers=found)
+        best = max(estimates.values(), key=lambda x_hat: psnr(x_hat, x).mean())
+        for title, images in ((name, y), (f"{name}, restored", best)):
+            columns[title], below[title] = images, [f"{value:.1f} dB" for value in psnr(images, x)]
+    return figures.image_grid(columns | {"original": x}, below, width=8.8)
+
+
+def plugged_in_examples(task: str):
+    """Figure: the same flow plugged in and trained for the task; a sentence where one is missing."""
+    found = kept_records(task)
+    frozen = next(
+        (r for r in recorded() if r["method"] == "glow-frozen" and _same_flow(r, found, task)), None
+    )
+    if frozen is None:
+        return "No solver for this task is kept."
+    method = next(m for m in FLOWS if m in found)
+    solvers = {"glow-frozen": plugged_in(frozen), method: solver(found[method])}
+    y, estimates = restored(task, solvers=solvers)
+    return figures.examples(faces(), y, estimates)
+
+
+def _same_flow(r, found, task):
+    kept = [found[m] for m in FLOWS if m in found]
+    return bool(kept) and r["task"] == task and r["experiment"] == kept[0]["experiment"]
+
+
+@torch.no_grad()
+def folds_figure(task: str):
+    """The paper's Figure 1 with the images and numbers of the kept flow solver: fold after fold, one face."""
+    found = kept_records(task)
+    record = next((found[m] for m in FLOWS if m in found), None)
+    if record is None:
+        return "No solver for this task is kept."
+    y, operator = measured(task, faces(), 0)
+    model = solver(record)
+    _, folds = model(y, operator, return_folds=True)
+    return figures.fold_diagram(y[0], model.x0[0].detach(), folds, record["folds"], faces()[0])

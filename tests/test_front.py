@@ -1,0 +1,104 @@
+"""The front page and the pictures of the two faces, from models and records that are kept with the code."""
+
+import numpy as np
+import pytest
+import torch
+
+from companion import front, gallery, records, tables
+from data.portraits import portraits
+from flowlib import psnr
+
+KEPT = bool(gallery.kept_records("inpainting"))
+needs_kept = pytest.mark.skipif(not KEPT, reason="no model is kept in results/checkpoints")
+
+
+def solver_record(task, method, value, seed=0):
+    quality = records.statistics([value + d for d in (-0.1, 0.0, 0.1)])
+    return dict(
+        kind="solver",
+        name=f"{task}-{method}",
+        task=task,
+        method=method,
+        experiment=dict(profile="cpu", dataset="celeba", edition="v2", seed=seed),
+        settings_hash="0" * 10,
+        psnr=quality,
+        psnr_measurement=records.statistics([20.0] * 3),
+        training=dict(images_seen=100),
+        data=dict(pixels_sha256="x"),
+    )
+
+
+def three(task, glow, unet, resnet):
+    values = dict(glow=glow, unet=unet, resnet=resnet)
+    return [solver_record(task, method, value) for method, value in values.items()]
+
+
+def test_the_bottom_line_follows_the_records():
+    found = three("inpainting", 33, 32, 31) + three("deblurring", 34, 30, 35) + three("denoising", 19, 25, 26)
+    first, second, third = front.bottom_line(found)
+    assert "restores best in inpainting (+1.00 ± 0.00 dB against the U-Net; the paper's lead: +0.77)" in first
+    assert "does not in" in second and "deblurring (−1.00 ± 0.00 dB against the ResNet" in second
+    assert "deblurring" not in first and "Undecided: denoising" in second  # below its own measurement
+    claims = [row for e in ("v2", "v1") for row in tables.every_claim(e, records.comparison(found, e))]
+    assert f"Of all {len(claims)} orders" in third
+    replicated = sum(row["Verdict"] == "replicated" for row in claims)
+    assert replicated and f"{replicated} came out as printed" in third and "1 seed," in third
+
+
+def test_one_rival_ahead_is_enough():
+    decided, _ = front.main_claim(three("inpainting", 33, 19, 34), "inpainting")  # the U-Net learnt nothing
+    assert decided == "the opposite"
+    assert front.main_claim(three("inpainting", 33, 19, 31), "inpainting")[0].startswith("no claim")
+    assert front.main_claim(three("inpainting", 33, 32, 31)[:2], "inpainting")[0] == "not run"
+
+
+def test_every_number_leads_to_its_record():
+    for row in tables.every_number(
+        [r for e in ("v2", "v1") for r in records.comparison(records.recorded(), e)]
+    ):
+        if row["Record"] != "–":
+            place = row["Record"].href.removeprefix("../records/")
+            assert (records.RESULTS / "runs" / place).exists(), place
+
+
+def test_portraits_are_two_faces_in_colour():
+    faces = portraits()
+    assert faces.shape == (2, 64, 64, 3) and faces.dtype == np.uint8
+    assert portraits(128).shape == (2, 128, 128, 3)
+    assert all(image.std() > 30 and np.ptp(image.mean(axis=(0, 1))) > 5 for image in faces)
+
+
+@needs_kept
+def test_kept_solvers_restore_the_faces():
+    for task in ("inpainting", "denoising", "deblurring"):
+        y, estimates = gallery.restored(task)
+        before = psnr(y, gallery.faces())
+        for method, x_hat in estimates.items():
+            gain = psnr(x_hat, gallery.faces()) - before
+            assert (gain > 2).all(), (task, method, gain)
+
+
+@needs_kept
+def test_the_plugged_in_solver_is_its_record_and_the_kept_flow():
+    frozen = [r for r in records.recorded() if r["method"] == "glow-frozen" and r["task"] == "inpainting"]
+    record = next(r for r in frozen if r["experiment"]["profile"] == "cpu")
+    solver = gallery.plugged_in(record)
+    assert solver.step_size.tolist() == pytest.approx([fold["step_size"] for fold in record["folds"]])
+    assert len({id(prox.glow) for prox in solver.proxes}) == 1
+    y, estimates = gallery.restored("inpainting", solvers={"glow-frozen": solver})
+    found = psnr(estimates["glow-frozen"], gallery.faces()).mean().item()
+    assert abs(found - record["psnr"]["mean"]) < 6 and torch.isfinite(estimates["glow-frozen"]).all()
+
+
+@needs_kept
+def test_hero_shows_three_tasks():
+    titles = [axis.get_title() for axis in gallery.hero().axes if axis.get_title()]
+    assert titles == [
+        "a hole",
+        "a hole, restored",
+        "noise",
+        "noise, restored",
+        "blur",
+        "blur, restored",
+        "original",
+    ]
