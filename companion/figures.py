@@ -325,7 +325,7 @@ def html_table(rows, caption, sortable=False):
 
     def cell(tag, value):
         text = anchor(value) if isinstance(value, Link) else html.escape(str(value))
-        wrap = "nowrap" if len(str(value)) < 16 else "normal"
+        wrap = "nowrap" if len(str(value)) < 18 else "normal; min-width: 8rem"
         return f'<{tag} style="text-align: left; white-space: {wrap}">{text}</{tag}>'
 
     def line(tag, values):

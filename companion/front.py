@@ -23,15 +23,23 @@ def main_claim(records: list[dict], task: str) -> tuple[str, str]:
     """Whether the flow restores best, for one task of edition v2: a verdict and the numbers behind it."""
     pairs = {rival: compare(records, "I", "v2", task, "glow", rival) for rival in RIVALS}
     if not all(pairs.values()):
-        return "not run", task
-    nearest = min(pairs, key=lambda rival: pairs[rival].difference)
-    found, printed = pairs[nearest], min(pair.paper for pair in pairs.values())
+        ours = {rival: compare(records, "I", "v2", task, "glow-noisy", rival) for rival in RIVALS}
+        if not all(ours.values()):
+            return "not run", task
+        return "not run", f"{task} (only our flow of noisy images was run: {_nearest(ours)})"
+    printed = min(pair.paper for pair in pairs.values())
     verdicts = {verdict(pair) for pair in pairs.values()}
     unclear = next((v for v in verdicts if v.startswith("no claim")), "replicated")
     order = ("the opposite", unclear, "not distinguishable", "replicated")  # one rival ahead is enough
     decided = next(v for v in order if v in verdicts)
-    numbers = f"{signed(found.difference)} ± {found.half_width:.2f} dB against the {METHODS[nearest].short}"
-    return decided, f"{task} ({numbers}; the paper's lead: {signed(printed)})"
+    return decided, f"{task} ({_nearest(pairs)}; the paper's lead: {signed(printed)})"
+
+
+def _nearest(pairs):
+    """By how much the flow is above the better of its rivals."""
+    rival = min(pairs, key=lambda rival: pairs[rival].difference)
+    pair = pairs[rival]
+    return f"{signed(pair.difference)} ± {pair.half_width:.2f} dB against the {METHODS[rival].short}"
 
 
 def bottom_line(records: list[dict]) -> list[str]:
@@ -149,9 +157,9 @@ def write_front(tables):
                 "",
             ]
         lines += [
-            "### The bottom line",
+            "## The bottom line",
             "",
             *(f"{i}. {text}" for i, text in enumerate(bottom_line(records), 1)),
         ]
-        lines += ["", "### The budgets", "", *budgets(records)]
+        lines += ["", "## The budgets", "", *budgets(records)]
     write_text(tables / "front.md", "\n".join(lines) + "\n")

@@ -82,7 +82,7 @@ def minutes(training: dict) -> float:
 def machine(record: dict) -> str:
     """What a run was trained on, in short."""
     hardware = record["trained"]["hardware"]
-    return "a CPU core" if "thread" in hardware else hardware.split(" 80GB")[0]
+    return "a CPU core" if "thread" in hardware else hardware.removeprefix("NVIDIA ").split(" 80GB")[0]
 
 
 def below_measurement(record: dict) -> int:
@@ -353,22 +353,26 @@ def every_claim(edition: str, records: list[dict]) -> list[dict]:
     """Rows: every order of two methods that the paper draws conclusions from, run or not."""
     rows = []
     for (name, of), about in PAPER_TABLES.items():
-        if of == edition:
-            paper, found = paper_table(name, edition), claims(name, edition, records)
-            known = {(row["Task"], row["Setting"], row["Claim"]): row for row in found}
-            for task in dict.fromkeys(key[0] for key in paper):
-                for first, second in about.pairs:
-                    if {(task, first), (task, second)} <= set(paper):
-                        head = {
-                            "Task": TASKS[task].kind,
-                            "Setting": setting(task, about.evaluation),
-                            "Claim": f"{METHODS[first].label} over {METHODS[second].label}",
-                        }
-                        printed = signed(paper[task, first] - paper[task, second])
-                        missing = {"Paper, dB": printed, "Ours, dB": "–", "Seeds": 0, "Verdict": "not run"}
-                        row = known.get(tuple(head.values()), head | missing)
-                        link = Link("page", page_of(name, edition, task))
-                        rows.append({"Edition": edition, "Table": name} | row | {"Page": link})
+        if of != edition:
+            continue
+        paper = paper_table(name, edition)
+        for task in dict.fromkeys(key[0] for key in paper):
+            for first, second in about.pairs:
+                if not {(task, first), (task, second)} <= set(paper):
+                    continue
+                pair = compare(records, name, edition, task, first, second)
+                rows.append(
+                    {
+                        "Table": f"{edition} {name}",
+                        "Task": f"{TASKS[task].kind}, {setting(task, about.evaluation)}",
+                        "Claim": f"{METHODS[first].short} over {METHODS[second].short}",
+                        "Paper, dB": signed(paper[task, first] - paper[task, second]),
+                        "Ours, dB": f"{signed(pair.difference)} ± {pair.half_width:.2f}" if pair else "–",
+                        "Verdict": verdict(pair) if pair else "not run",
+                        "Seeds": pair.num_seeds if pair else 0,
+                        "Page": Link("page", page_of(name, edition, task)),
+                    }
+                )
     return rows
 
 
@@ -425,15 +429,12 @@ def every_number(records: list[dict]) -> list[dict]:
             away = found["mean"] - value if finite else None
             rows.append(
                 {
-                    "Edition": edition,
-                    "Table": name,
-                    "Task": TASKS[task].kind,
-                    "Setting": setting(task, about.evaluation),
-                    "Method": METHODS[method].label,
+                    "Table": f"{edition} {name}",
+                    "Task": f"{TASKS[task].kind}, {setting(task, about.evaluation)}",
+                    "Method": METHODS[method].short,
                     "Paper, dB": f"{value:.2f}",
                     "Ours, dB": plus_minus(found) if found else "diverged" if record else "not run",
-                    "Difference, dB": signed(away) if finite else "–",
-                    "Ours is": _beside(away, found["half_width"]) if finite else "–",
+                    "Ours − paper": signed(away) if finite else "–",
                     "Remark": (record and too_little_training(record, of_edition)) or "–",
                     "Profile": record["experiment"]["profile"] if record else "–",
                     "Record": record_of(record) if record else "–",
@@ -441,10 +442,6 @@ def every_number(records: list[dict]) -> list[dict]:
                 }
             )
     return rows
-
-
-def _beside(away, half_width):
-    return "equal within ±" if abs(away) <= half_width else "higher" if away > 0 else "lower"
 
 
 def budget(records: list[dict]) -> str:

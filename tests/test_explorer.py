@@ -91,7 +91,7 @@ def test_the_grid_holds_what_the_solver_says():
     y = operator.A(x)
     with torch.no_grad():
         torch.testing.assert_close(answers[SHIFTS.index(0), SCALES.index(1)], solver(y, operator)[0])
-        moved = solve_with(solver, solver.step_size * SCALES[2], solver.shrinkage + SHIFTS[7], y, operator)
+        moved = solve_with(solver, solver.step_size * SCALES[2], solver.shrinkage + SHIFTS[3], y, operator)
         torch.testing.assert_close(answers[7, 2], moved[0])
         assert not torch.allclose(moved, solver(y, operator))  # and its own scalars stay
 

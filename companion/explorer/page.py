@@ -29,7 +29,7 @@ from flowlib.images import to_tensor
 from flowlib.metrics import psnr
 
 SCALES = tuple(i / 4 for i in range(9))  # factors of all trained step sizes
-SHIFTS = tuple(round(i / 20, 2) for i in range(-4, 5))  # added to all trained shrinkages
+SHIFTS = tuple(round(i / 10, 2) for i in range(-2, 3))  # added to all trained shrinkages
 NUM_IMAGES = 3
 SHOWN = {"inpainting": ("glow",), "denoising": ("glow-noisy", "glow"), "deblurring": ("glow",)}
 HERE = Path(__file__).parent
