@@ -6,12 +6,13 @@ from companion import gallery
 from companion.files import write_text
 from companion.records import comparison, recorded
 from companion.settings import METHODS
-from companion.tables import compare, every_claim, machine, minutes, signed, verdict
+from companion.tables import compare, every_claim, machine, minutes, paper_table, signed, verdict
 from data.portraits import BOXES
 from flowlib.files import write_atomically
 
 MAIN_TASKS = ("inpainting", "denoising", "deblurring")
 RIVALS = ("unet", "resnet")
+STAR = "\\* our flow that was pre-trained on noisy images; that of clean images was not run at this size."
 
 
 def listed(words: list[str]) -> str:
@@ -94,6 +95,10 @@ def budgets(records: list[dict]) -> list[str]:
     # What the paper prints; it stops "based on the validation loss", after a number of steps that it does not
     # give.
     columns = [["the paper", "25.78 M", "31.04 M", "0.16 M", "23,000", "not said", "not said", "not said"]]
+    paper = paper_table("I", "v2")
+    columns[0] += [
+        " / ".join(f"{paper[task, m]:.2f}" for m in ("glow", *RIVALS)) + " dB" for task in MAIN_TASKS
+    ]
     for profile in shown:
         here = [r for r in of_v2 if _of(r, profile)]
         flow = next(r for r in records if r["kind"] == "flow" and r["name"] == "flow" and _of(r, profile))
@@ -112,9 +117,10 @@ def budgets(records: list[dict]) -> list[str]:
                 f"{flow['training']['images_seen']:,}",
                 f"{min(seen):,} to {max(seen):,}, in {min(took):.0f} to {max(took):.0f} minutes",
                 listed(machines),
+                *(_results(here, task) for task in MAIN_TASKS),
             ]
         )
-    heads = (
+    heads = [
         "",
         "flow, parameters",
         "U-Net",
@@ -123,9 +129,21 @@ def budgets(records: list[dict]) -> list[str]:
         "flow saw",
         "each solver saw",
         "on",
-    )
+    ]
+    heads += [f"{task}: flow / U-Net / ResNet" for task in MAIN_TASKS]
     rows = [f"| {head} | " + " | ".join(cells) + " |" for head, cells in zip(heads, zip(*columns))]
     return [rows[0], "| --- " * (1 + len(columns)) + "|", *rows[1:]]
+
+
+def _results(here, task):
+    """Of the flow and its rivals; a star marks our flow of noisy images, where that of clean ones was not
+    run."""
+    found = {r["method"]: r["psnr"]["mean"] for r in here if r["task"] == task}
+    flow = "glow" if "glow" in found or "glow-noisy" not in found else "glow-noisy"
+    if not set(RIVALS) & set(found):
+        return "–"
+    values = [f"{found[m]:.2f}" + "*" * (m == "glow-noisy") if m in found else "–" for m in (flow, *RIVALS)]
+    return " / ".join(values) + " dB"
 
 
 def _of(record, profile):
@@ -161,5 +179,5 @@ def write_front(tables):
             "",
             *(f"{i}. {text}" for i, text in enumerate(bottom_line(records), 1)),
         ]
-        lines += ["", "## The budgets", "", *budgets(records)]
+        lines += ["", "## The budgets", "", *budgets(records), "", STAR]
     write_text(tables / "front.md", "\n".join(lines) + "\n")
