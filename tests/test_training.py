@@ -16,7 +16,7 @@ import data
 from companion import runs, tables, training
 from companion.experiment import Experiment
 from companion.training import build_solver, model_path
-from flowlib import load_checkpoint
+from flowlib import Glow, load_checkpoint
 from flowlib.checkpoints import load_tensors, save_tensors
 from flowlib.operators import Denoising
 from flowlib.training import Diverged, Training, batch_indices, fit, generator_for, learning_rate_factor
@@ -245,3 +245,45 @@ def test_missing_data_and_names_are_named(tmp_path):
         Experiment("big")
     with pytest.raises(ValueError, match="unknown override 'rate'; choose one of: num_folds"):
         Experiment("smoke", rate=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a step is captured there alone")
+def test_a_captured_step_equals_a_plain_one(tmp_path, monkeypatch):
+    """Weights, losses and the best validation after a few steps, one of which is not finite."""
+
+    def trained(folder):
+        torch.manual_seed(0)
+        glow = Glow(num_levels=2, num_steps=2, hidden_channels=16).cuda()
+        x = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 0.5
+        glow.initialize(x.cuda())
+
+        def make_batch(indices, step):
+            return x[indices].cuda(), torch.tensor(math.nan if step == 3 else 1.0, device="cuda")
+
+        settings = Training(num_steps=8, batch_size=8, lr=1e-3, warmup_steps=2, validate_every=2, bf16=False)
+        groups = [{"params": list(glow.parameters()), "lr": settings.lr}]
+        functions = (make_batch, lambda x, factor: glow.bits_per_dim(x).mean() * factor)
+        validate = lambda: glow.bits_per_dim(x.cuda()).mean().item()  # noqa: E731
+        summary = fit(glow, groups, *functions, validate, settings, len(x), 0, tmp_path / folder)
+        return glow.state_dict(), summary
+
+    captured, summary = trained("captured")
+
+    class Plain:
+        def __init__(self, run, inputs):
+            self.run, self.inputs, self.outputs = run, inputs, [torch.zeros((), device="cuda") for _ in "ab"]
+
+        def replay(self):
+            for kept, new in zip(self.outputs, self.run._update(self.inputs)):
+                kept.copy_(new)
+
+    def without_capture(run, batch):
+        graph = Plain(run, [value.clone() for value in batch])
+        return graph, graph.inputs, graph.outputs
+
+    monkeypatch.setattr("flowlib.training._Run._capture", without_capture)
+    plain, expected = trained("plain")
+    assert [r["step"] for r in summary["restarts"]] == [r["step"] for r in expected["restarts"]] == [3]
+    assert summary["best_val_loss"] == pytest.approx(expected["best_val_loss"], rel=1e-4)
+    for key, value in captured.items():
+        torch.testing.assert_close(value, plain[key], rtol=1e-3, atol=1e-4)

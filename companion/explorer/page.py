@@ -113,7 +113,7 @@ def write_explorer(experiment):
         tasks.append(
             {
                 "task": task,
-                "label": TASKS[task].kind.capitalize(),
+                "label": TASKS[task].kind.capitalize() + " (noise-trained flow)" * (method == "glow-noisy"),
                 "method": method,
                 "sprite": f"{task}.webp",
                 "onnx": f"{task}.onnx",
