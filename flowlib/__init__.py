@@ -1,5 +1,4 @@
-"""flowlib: deep unfolding with normalizing-flow priors for inverse problems (Wei et al., arXiv
-2107.02848)."""
+"""flowlib: deep unfolding with normalizing-flow priors for inverse problems (arXiv:2107.02848)."""
 
 __version__ = "0.1.0"
 

@@ -19,11 +19,11 @@ from flowlib.solver import UnfoldedPGD
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Writes a dict of tensors and a JSON-able header to one file, atomically."""
-    found = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    first = {value.data_ptr(): key for key, value in reversed(found.items())}
-    found = {
-        key: v if first[v.data_ptr()] == key else v.clone() for key, v in found.items()
-    }  # no shared memory
+    found, seen = {}, set()
+    for key, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        found[key] = value.clone() if value.data_ptr() in seen else value  # safetensors has no shared memory
+        seen.add(value.data_ptr())
     write_atomically(path, lambda p: save_file(found, p, metadata={"flowlib": json.dumps(header)}))
 
 
@@ -33,13 +33,17 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"no checkpoint at {path}: train it first, or correct the path")
     try:
         with safe_open(path, "pt") as f:
-            header = (f.metadata() or {}).get("flowlib")
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            header, tensors = (f.metadata() or {}).get("flowlib"), {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or is truncated ({error})") from error
     if header is None:
         raise ValueError(f"{path} was not written by flowlib (its header has no 'flowlib' entry)")
     return tensors, json.loads(header)
+
+
+def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose key starts with prefix, under the rest of their key."""
+    return {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
 
 
 def save_checkpoint(
@@ -63,15 +67,14 @@ def save_checkpoint(
         header["image_shape"] = list(model.x0.shape[1:])
     else:
         raise TypeError(f"can save a Glow or an UnfoldedPGD, not a {type(model).__name__}")
-    tensors = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
-    save_tensors(path, tensors, header | {"info": info})
+    converted = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
+    save_tensors(path, converted, header | {"info": info})
 
 
 def _describe(prox):
     """{"prox": name, "config": …}: what a fold's prox is built from again."""
     cls = type(prox)
-    known = {cls: name for name, cls in PROXES.items()}
-    name = known.get(cls, f"{cls.__module__}:{cls.__qualname__}")
+    name = {cls: name for name, cls in PROXES.items()}.get(cls, f"{cls.__module__}:{cls.__qualname__}")
     if name.startswith("__main__:") or "<locals>" in name:
         raise ValueError(f"{name} cannot be imported again: define it at the top of a module of its own")
     if not hasattr(prox, "config") or not hasattr(cls, "from_config"):
@@ -101,14 +104,14 @@ def load_checkpoint(path: str | Path) -> Glow | UnfoldedPGD:
     if header.get("kind") == "Glow":
         model = Glow(**header["config"])
     elif header.get("kind") == "UnfoldedPGD":
+        proxes = []
         # Before there were unequal folds, one description served all.
-        folds, proxes = header.get("folds") or [header] * header["num_folds"], []
-        for k, fold in enumerate(folds):
-            if "same_as" in fold:
-                prefix = f"proxes.{fold['same_as']}."
-                found = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
-                tensors |= {f"proxes.{k}.{key}": value for key, value in found.items()}
-            proxes.append(proxes[fold["same_as"]] if "same_as" in fold else _build(fold))
+        for k, fold in enumerate(header.get("folds") or [header] * header["num_folds"]):
+            first = fold.get("same_as", k)
+            proxes.append(_build(fold) if first == k else proxes[first])
+            if first < k:
+                shared = part_of(tensors, f"proxes.{first}.")
+                tensors |= {f"proxes.{k}.{key}": value for key, value in shared.items()}
         x0 = torch.zeros(1, *header["image_shape"])
         model = UnfoldedPGD(proxes, x0, literal_last_fold=header["literal_last_fold"])
     else:
@@ -123,12 +126,11 @@ def load_checkpoint(path: str | Path) -> Glow | UnfoldedPGD:
 def load_state(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     """model.load_state_dict, with a ValueError that names path and the first key that does not fit."""
     own = model.state_dict()
-    for key in [*own, *tensors]:
+    for key in own | tensors:
         if key not in tensors or key not in own:
             what = "is missing" if key in own else "is not part of it"
-        elif own[key].shape != tensors[key].shape:
+            raise ValueError(f"{path} does not fit the model: {key} {what}")
+        if own[key].shape != tensors[key].shape:
             what = f"has shape {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}"
-        else:
-            continue
-        raise ValueError(f"{path} does not fit the model: {key} {what}")
+            raise ValueError(f"{path} does not fit the model: {key} {what}")
     model.load_state_dict(tensors)

@@ -1,5 +1,6 @@
 """Glow (Kingma & Dhariwal 2018): the normalizing flow that serves as the image prior."""
 
+import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowlib.images import Size, height_and_width
+from flowlib.images import Size, floating, height_and_width
 from flowlib.layers import FlowStep, Folded, Split, Squeeze, fold, sum_dtype
 from flowlib.reversible import run_chain
 
@@ -58,13 +59,9 @@ class Glow(nn.Module):
         scale_bias: float | Sequence[float] = 0.0,
         contiguous_squeeze: bool | Sequence[bool] = False,
     ) -> None:
-        config = dict(in_channels=in_channels, num_levels=num_levels, num_steps=num_steps)
-        config |= dict(hidden_channels=hidden_channels, last_level_steps=last_level_steps, scale=scale)
-        config |= dict(
-            max_log_scale=max_log_scale, scale_bias=scale_bias, contiguous_squeeze=contiguous_squeeze
-        )
+        arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
-        self.config = {key: _plain(value) for key, value in config.items()}
+        self.config = {key: _plain(value) for key, value in arguments.items()}
         channels, num_levels, num_steps, _, last_level_steps, *_ = self.config.values()
         self.memory = "plain"
 
@@ -89,24 +86,18 @@ class Glow(nn.Module):
     def latent_shapes(self, image_size: Size) -> list[tuple[int, int, int]]:
         """Shapes (C, H, W) of the latents of an image of size image_size (one number, or (H, W))."""
         height, width = height_and_width(image_size)
-        channels, num_levels = self.config["in_channels"], self.config["num_levels"]
-        divisor = 2**num_levels
-        if height % divisor or width % divisor:
-            what = f"height {height} and width {width} must both be divisible by 2^num_levels = {divisor}"
+        channels, n = self.config["in_channels"], self.config["num_levels"]
+        if height % 2**n or width % 2**n:
+            what = f"height {height} and width {width} must both be divisible by 2^num_levels = {2**n}"
             raise ValueError(f"{what}: crop or pad the image, or build a Glow with fewer levels")
-        shapes = []
-        for level in range(1, num_levels + 1):
-            channels = channels * 4 if level == num_levels else channels * 2
-            shapes.append((channels, height // 2**level, width // 2**level))
-        return shapes
+        levels = [(channels * 2**i, height // 2**i, width // 2**i) for i in range(1, n + 1)]
+        return [*levels[:-1], (2 * levels[-1][0], *levels[-1][1:])]
 
     def _check(self, x):
         channels = self.config["in_channels"]
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"expected images (B, {channels}, H, W), got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"expected floating-point images, got {x.dtype}: see flowlib.images.to_tensor")
-        self.latent_shapes(tuple(x.shape[2:]))
+        self.latent_shapes(tuple(floating(x).shape[2:]))
 
     @_without_autocast
     def fold(self, **which: bool) -> list[list[Folded]] | None:
@@ -190,9 +181,7 @@ class Glow(nn.Module):
 
     @property
     def initialized(self) -> bool:
-        """Sets every ActNorm from a batch of images (B, C, H, W), once, before training. Raises RuntimeError
-        where it was done before (a loaded or trained flow); ValueError where a channel is constant, and
-        changes nothing."""
+        """Whether `initialize` was done, here or before the flow was saved."""
         return bool(self.levels[0][0].actnorm.initialized)
 
     @_without_autocast
@@ -205,16 +194,13 @@ class Glow(nn.Module):
         self._check(x)
         if self.initialized:
             raise RuntimeError("this Glow is initialised already; initialise a new one, or train on without")
-        before = {key: value.clone() for key, value in self.state_dict().items()}
-        try:
-            for squeeze, level in zip(self.squeezes, self.levels):
-                x = squeeze(x)
-                for step in level:
-                    x = step.initialize(x)
-                x, _ = self.split(x)
-        except ValueError:
-            self.load_state_dict(before)
-            raise
+        trial = copy.deepcopy(self)
+        for squeeze, level in zip(trial.squeezes, trial.levels):
+            x = squeeze(x)
+            for step in level:
+                x = step.initialize(x)
+            x, _ = self.split(x)
+        self.load_state_dict(trial.state_dict())
 
 
 def standard_normal_log_prob(latents: Sequence[Tensor]) -> Tensor:

@@ -12,13 +12,7 @@ from torch import Tensor
 from flowlib.checkpoints import load_state
 from flowlib.glow import Glow
 
-# Per flow step: name there -> name here. Some carry axes of length 1 there.
-_NAMES = {"actnorm.logs": "actnorm.log_scale", "actnorm.b": "actnorm.bias", "invconv.W": "invconv.weight"}
-_NAMES |= {
-    f"coupling.net.{n}": f"coupling.net.{n}" for i in "123" for n in (f"conv{i}.weight", f"conv{i}.bias")
-}
-_NAMES |= {f"coupling.net.{i}logs": f"coupling.net.{i}log_scale" for i in ("", "actnorm1.", "actnorm2.")}
-_NAMES |= {f"coupling.net.{i}b": f"coupling.net.{i}bias" for i in ("actnorm1.", "actnorm2.")}
+_NAMES = {"logs": "log_scale", "b": "bias", "W": "weight"}  # there -> here; all others are the same
 
 
 def load_glowip(
@@ -53,35 +47,30 @@ def load_glowip(
     if options.get("coupling", "affine") != "affine":
         raise ValueError(f"only affine couplings can be loaded, not {options['coupling']!r}")
 
-    modules = {}  # index in glow_modules -> {name here: tensor}
+    found = []  # (index in glow_modules, name here, tensor)
     for key, value in state.items():
-        match = re.fullmatch(r"(?:module\.)?glow_modules\.(\d+)\.(.+)", str(key))
-        if not match or match[2] not in _NAMES or not isinstance(value, Tensor):
+        match = re.fullmatch(r"(?:module\.)?glow_modules\.(\d+)\.(.+\.)(\w+)", str(key))
+        if not match or not isinstance(value, Tensor):
             raise ValueError(f"{source} is no GlowIP flow: its key {key!r} is not one of a flow step")
-        if value.ndim != 4 or ".conv" not in key:
+        if value.ndim != 4 or ".conv" not in key:  # some carry axes of length 1 there
             value = value.flatten(1) if "invconv" in key else value.flatten()
-        modules.setdefault(int(match[1]), {})[_NAMES[match[2]]] = value
-    levels = []
-    for index in sorted(modules):
-        if index - 1 not in modules:
-            levels.append([])
-        levels[-1].append(modules[index])
-    renamed = {
-        f"levels.{level}.{step}.{name}": value
-        for level, steps in enumerate(levels)
-        for step, tensors in enumerate(steps)
-        for name, value in tensors.items()
-    }
-    first = levels[0][0]
-    for name in ("invconv.weight", "coupling.net.conv1.weight"):
-        if name not in first:
-            raise ValueError(f"{source} is no whole GlowIP flow: glow_modules.{min(modules)} has no {name}")
-    but_last = len(levels) - 1
+        found.append((int(match[1]), match[2] + _NAMES.get(match[3], match[3]), value))
+    places, num_steps = {}, []  # a gap between indices, where the squeeze and the split are, ends a level
+    for index in sorted({index for index, _, _ in found}):
+        if index - 1 not in places:
+            num_steps.append(0)
+        places[index] = f"levels.{len(num_steps) - 1}.{num_steps[-1]}."
+        num_steps[-1] += 1
+    renamed = {places[index] + name: value for index, name, value in found}
+    channels, hidden = (f"levels.0.0.{n}" for n in ("invconv.weight", "coupling.net.conv1.weight"))
+    if channels not in renamed or hidden not in renamed:
+        raise ValueError(f"{source} is no whole GlowIP flow: its first step lacks a weight")
+    but_last = len(num_steps) - 1
     glow = Glow(
-        in_channels=len(first["invconv.weight"]) // 4,
-        num_levels=len(levels),
-        num_steps=[len(steps) for steps in levels],
-        hidden_channels=len(first["coupling.net.conv1.weight"]),
+        in_channels=len(renamed[channels]) // 4,
+        num_levels=len(num_steps),
+        num_steps=num_steps,
+        hidden_channels=len(renamed[hidden]),
         scale="sigmoid",
         scale_bias=[options.get("coupling_bias", 0.0)] * but_last + [float(options.get("last_zeros", False))],
         contiguous_squeeze=[bool(options.get("squeeze_contig", False))] * but_last + [False],

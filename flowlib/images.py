@@ -20,11 +20,9 @@ def split_indices(
     too few images."""
     held_out = max(val, test) if held_out is None else held_out
     if min(train, val, test) < 0 or held_out < max(val, test):
-        sizes = f"held_out={held_out} cannot hold val={val} or test={test} images"
-        raise ValueError(f"a pool of {sizes}: enlarge held_out")
-    needed = train + 2 * held_out
-    if num_images < needed:
-        needed = f"{needed} are needed ({train} train + 2 x {held_out} held out)"
+        raise ValueError(f"a pool of held_out={held_out} cannot hold val={val} or test={test} images")
+    if num_images < train + 2 * held_out:
+        needed = f"{train + 2 * held_out} are needed ({train} train + 2 x {held_out} held out)"
         raise ValueError(f"{num_images} images are there, {needed}: prepare more, or use a smaller profile")
     order = np.random.Generator(np.random.PCG64(seed)).permutation(num_images)
     rest, val_pool = order[2 * held_out :], order[held_out : 2 * held_out]
@@ -35,6 +33,13 @@ def height_and_width(image_size: Size) -> tuple[int, int]:
     """(H, W) of an image size given as one number or two."""
     height, width = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
     return operator.index(height), operator.index(width)
+
+
+def floating(images: Tensor) -> Tensor:
+    """The images as they are; ValueError for integers."""
+    if not images.is_floating_point():
+        raise ValueError(f"expected floating-point images, got {images.dtype}: see flowlib.images.to_tensor")
+    return images
 
 
 def to_tensor(images: np.ndarray) -> Tensor:

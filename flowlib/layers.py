@@ -1,16 +1,14 @@
-"""The invertible layers of Glow, of images (B, C, H, W): ``forward`` gives (y, log_det), ``inverse`` (x,
-log_det).
-
-log_det (B,) is ``log |det ∂output/∂input|`` of each image in nats, summed in float32 at least."""
+"""The invertible layers of Glow, maps of images (B, C, H, W) with known log-determinants."""
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Mapped = tuple[Tensor, Tensor | None]  # what a layer makes of its input, and log_det
+LogDet = Tensor | None  # None where it is not asked for
+Mapped = tuple[Tensor, LogDet]
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
@@ -52,7 +50,21 @@ class Split(nn.Module):
         return torch.cat([x, latent], dim=1)
 
 
-class ActNorm(nn.Module):
+class Bijection(nn.Module):
+    """Base of the layers with a log-determinant: subclasses give `_map(x, inverse, *options)`.
+
+    log_det (B,) is ``log |det ∂output/∂input|`` of each image in nats, summed in float32 at least."""
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Mapped:
+        """x -> (y, log_det), both images (B, C, H, W)."""
+        return self._map(x, False, *args, **options)
+
+    def inverse(self, y: Tensor, *args: Any, **options: Any) -> Mapped:
+        """y -> (x, log_det), log_det being that of the inverse."""
+        return self._map(y, True, *args, **options)
+
+
+class ActNorm(Bijection):
     """Affine map per channel, y = (x + bias) exp(log_scale) (Kingma & Dhariwal 2018, section 3.1).
 
     It starts as the identity of this number of channels; only `initialize` sets it from data."""
@@ -77,18 +89,13 @@ class ActNorm(nn.Module):
         self.log_scale.copy_(-std.log())
         self.initialized.fill_(True)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> (y, log_det)."""
-        y = (x + self.bias[:, None, None]) * self.log_scale.exp()[:, None, None]
-        return y, _over_pixels(self.log_scale.sum(dtype=sum_dtype(x)), x)
-
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """y -> (x, log_det)."""
-        x = y * (-self.log_scale).exp()[:, None, None] - self.bias[:, None, None]
-        return x, _over_pixels(-self.log_scale.sum(dtype=sum_dtype(y)), y)
+    def _map(self, x, inverse):
+        bias, log_scale = self.bias[:, None, None], self.log_scale[:, None, None]
+        y = x * (-log_scale).exp() - bias if inverse else (x + bias) * log_scale.exp()
+        return y, _over_pixels(self.log_scale.sum(dtype=sum_dtype(x)), x, inverse)
 
 
-class InvConv1x1(nn.Module):
+class InvConv1x1(Bijection):
     """Invertible 1x1 convolution y = W x at every pixel (Kingma & Dhariwal 2018, section 3.2).
 
     W (channels, channels) starts as a random rotation; float64 serves its inverse and determinant."""
@@ -97,19 +104,14 @@ class InvConv1x1(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0].contiguous())
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> (y, log_det)."""
-        y = pixelwise(x, self.weight, x.new_zeros(len(self.weight), 1))
-        return y, _over_pixels(log_abs_det(self.weight), x)
-
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """y -> (x, log_det); warns once where W is nearly singular."""
-        x = pixelwise(y, inverse_matrix(self.weight), y.new_zeros(len(self.weight), 1))
-        return x, _over_pixels(-log_abs_det(self.weight), y)
+    def _map(self, x, inverse):
+        weight = inverse_matrix(self.weight) if inverse else self.weight
+        y = pixelwise(x, weight, x.new_zeros(len(weight), 1))
+        return y, _over_pixels(log_abs_det(self.weight), x, inverse)
 
 
-def _over_pixels(log_det, x):
-    return (log_det * x.shape[2:].numel()).repeat(len(x))
+def _over_pixels(log_det, x, inverse):
+    return (log_det * ((-1 if inverse else 1) * x.shape[2:].numel())).repeat(len(x))
 
 
 def as_double(x: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ def pixelwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class CouplingNet(nn.Module):
     """NN of the affine coupling: convolutions 3x3, 1x1, 3x3; an ActNorm and a ReLU after the first two.
 
-    (B, in_channels, H, W) -> (B, out_channels, H, W), with hidden_channels between. The last is multiplied by
+    in_channels, hidden_channels, out_channels: before, between and after them. The last is multiplied by
     exp(3 log_scale) and starts at zero, which makes a fresh flow linear. `compute_dtype` (None: that of the
     weights) may be torch.bfloat16: weights stay as they are and are cast."""
 
@@ -169,9 +171,12 @@ class CouplingNet(nn.Module):
         h = self.conv2(self.actnorm1(h)[0].relu())
         self.actnorm2.initialize(h)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
-        return convolve(x, fold_nets([self])[0])
+    def forward(self, x: Tensor, convs: tuple | None = None) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H, W). convs: one of what fold_nets gives."""
+        (weight1, bias1), (weight2, bias2), (weight3, bias3) = convs or fold_nets([self])[0]
+        h = _conv_relu(_channels_last(x, weight1.dtype), weight1, bias1, padding=1)
+        h = F.conv2d(_conv_relu(h, weight2, bias2, padding=0), weight3, bias3, padding=1)
+        return h.to(x.dtype).contiguous()  # affine maps are faster channel by channel
 
 
 def fold_nets(nets: list[CouplingNet], divisor: Tensor | None = None) -> list[tuple]:
@@ -193,16 +198,6 @@ def fold_nets(nets: list[CouplingNet], divisor: Tensor | None = None) -> list[tu
         weights = (_channels_last(c.weight * s[:, None, None, None], dtype) for c, s in zip(convs, scale))
         folded.append(zip(weights, (bias * scale).to(dtype).unbind()))
     return list(zip(*folded))
-
-
-def convolve(x: Tensor, convs: tuple) -> Tensor:
-    """What a CouplingNet computes, from its folded convolutions."""
-    (weight1, bias1), (weight2, bias2), (weight3, bias3) = convs
-    h = _channels_last(x, weight1.dtype)
-    h = _conv_relu(h, weight1, bias1, padding=1)
-    h = _conv_relu(h, weight2, bias2, padding=0)
-    h = F.conv2d(h, weight3, bias3, padding=1)
-    return h.to(x.dtype).contiguous()  # affine maps are faster channel by channel
 
 
 def _channels_last(x, dtype):
@@ -228,7 +223,7 @@ def _conv_relu(h, weight, bias, padding):
 SCALE_RULES = ("tanh", "sigmoid", "exp")
 
 
-class AffineCoupling(nn.Module):
+class AffineCoupling(Bijection):
     """y_a = s x_a + t, y_b = x_b with (log s, t) = NN(x_b), equation (13); log_det = Σ log s.
 
     channels: of x; hidden_channels: of NN. scale: "tanh", log s = c tanh(raw / c) with c = max_log_scale,
@@ -257,26 +252,19 @@ class AffineCoupling(nn.Module):
     def log_scale_and_shift(self, x_b: Tensor, convs: tuple | None = None) -> tuple[Tensor, Tensor]:
         """(log s, t), each (B, C/2, H, W), of the half that passes unchanged. convs: the net's, folded."""
         convs = convs or fold_nets([self.net], self.divisor)[0]
-        raw, t = convolve(x_b, convs).unflatten(1, (-1, 2)).unbind(2)
+        raw, t = self.net(x_b, convs).unflatten(1, (-1, 2)).unbind(2)
         if self.scale == "tanh":
             return self.max_log_scale * raw.tanh(), t
         if self.scale == "sigmoid":
             raw = (raw.add(2).sigmoid() + self.scale_bias).log() if self.scale_bias else F.logsigmoid(raw + 2)
         return raw, t
 
-    def forward(self, x: Tensor, convs: tuple | None = None, log_det: bool = True) -> Mapped:
-        """x -> (y, log_det or None)."""
+    def _map(self, x, inverse, convs=None, log_det=True):
         x_a, x_b = x.chunk(2, dim=1)
         log_s, t = self.log_scale_and_shift(x_b, convs)
-        y = torch.cat([x_a * log_s.exp() + t, x_b], dim=1)
-        return y, log_s.sum(dim=(1, 2, 3), dtype=sum_dtype(x)) if log_det else None
-
-    def inverse(self, y: Tensor, convs: tuple | None = None, log_det: bool = True) -> Mapped:
-        """y -> (x, log_det or None)."""
-        y_a, y_b = y.chunk(2, dim=1)
-        log_s, t = self.log_scale_and_shift(y_b, convs)
-        x = torch.cat([(y_a - t) * (-log_s).exp(), y_b], dim=1)
-        return x, -log_s.sum(dim=(1, 2, 3), dtype=sum_dtype(y)) if log_det else None
+        y_a = (x_a - t) * (-log_s).exp() if inverse else x_a * log_s.exp() + t
+        total = log_s.sum(dim=(1, 2, 3), dtype=sum_dtype(x)) if log_det else None
+        return torch.cat([y_a, x_b], dim=1), -total if log_det and inverse else total
 
 
 class Folded(NamedTuple):
@@ -289,7 +277,7 @@ class Folded(NamedTuple):
     convs: tuple
 
 
-class FlowStep(nn.Module):
+class FlowStep(Bijection):
     """One step of Glow: ActNorm, invertible 1x1 convolution, affine coupling.
 
     channels, hidden_channels, rule: the arguments of AffineCoupling. folded: what fold() made of this step,
@@ -308,18 +296,12 @@ class FlowStep(nn.Module):
         self.coupling.net.initialize(h.chunk(2, dim=1)[1])
         return self.coupling(h)[0]
 
-    def forward(self, x: Tensor, folded: Folded | None = None, log_det: bool = True) -> Mapped:
-        """x -> (y, log_det or None)."""
-        folded = folded or fold([self], inverse=False, log_det=log_det)[0]
-        y, coupling_log_det = self.coupling(pixelwise(x, *folded.linear), folded.convs, log_det)
-        return y, coupling_log_det + folded.log_det * x.shape[2:].numel() if log_det else None
-
-    def inverse(self, y: Tensor, folded: Folded | None = None, log_det: bool = True) -> Mapped:
-        """y -> (x, log_det or None)."""
-        folded = folded or fold([self], forward=False, log_det=log_det)[0]
-        h, coupling_log_det = self.coupling.inverse(y, folded.convs, log_det)
-        x = pixelwise(h, *folded.inverse_linear)
-        return x, coupling_log_det - folded.log_det * y.shape[2:].numel() if log_det else None
+    def _map(self, x, inverse, folded=None, log_det=True):
+        folded = folded or fold([self], not inverse, inverse, log_det)[0]
+        x = x if inverse else pixelwise(x, *folded.linear)
+        x, total = (self.coupling.inverse if inverse else self.coupling)(x, folded.convs, log_det)
+        x = pixelwise(x, *folded.inverse_linear) if inverse else x
+        return x, total + _over_pixels(folded.log_det, x, inverse) if log_det else None
 
 
 def fold(

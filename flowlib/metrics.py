@@ -10,8 +10,7 @@ def psnr(x_hat: Tensor, x: Tensor, peak: float = 1.0) -> Tensor:
     """Peak signal-to-noise ratio 10 log10(peak² / MSE) of each image, in dB, unclipped: (B, C, H, W) twice ->
     (B,). The mean is taken in float32 at least. Raises ValueError where the shapes differ."""
     _check(x_hat, x)
-    error = (x_hat - x).to(sum_dtype(x))
-    return 10 * torch.log10(peak**2 / error.square().mean(dim=(1, 2, 3)))
+    return 10 * torch.log10(peak**2 / (x_hat - x).to(sum_dtype(x)).square().mean(dim=(1, 2, 3)))
 
 
 def ssim(x_hat: Tensor, x: Tensor, peak: float = 1.0) -> Tensor:
@@ -20,11 +19,9 @@ def ssim(x_hat: Tensor, x: Tensor, peak: float = 1.0) -> Tensor:
     from skimage.metrics import structural_similarity  # here, as nothing else needs scikit-image
 
     _check(x_hat, x)
-    options = dict(
-        channel_axis=0, data_range=peak, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-    )
+    options = dict(data_range=peak, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     pairs = zip(*(as_double(t.detach().cpu()).numpy() for t in (x_hat, x)))
-    return torch.tensor([structural_similarity(a, b, **options) for a, b in pairs])
+    return torch.tensor([structural_similarity(a, b, channel_axis=0, **options) for a, b in pairs])
 
 
 def _check(x_hat, x):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from flowlib.images import Size, height_and_width
+from flowlib.images import Size, floating, height_and_width
 from flowlib.layers import as_double
 
 
@@ -34,17 +34,11 @@ class LinearOperator(nn.Module):
 
     def measure(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         """y = A x + noise, the noise drawn with the generator."""
-        y = self.A(_floating(x))
+        y = self.A(floating(x))
         return y + self.noise(y, generator) if self.sigma else y
 
     def __matmul__(self, first: "LinearOperator") -> "Composition":
         return Composition(self, first)
-
-
-def _floating(x):
-    if not x.is_floating_point():
-        raise ValueError(f"expected floating-point images, got {x.dtype}: see flowlib.images.to_tensor")
-    return x
 
 
 class Composition(LinearOperator):
@@ -71,10 +65,9 @@ class Denoising(LinearOperator):
         super().__init__(sigma)
 
     def A(self, x: Tensor) -> Tensor:
-        return _floating(x)
+        return floating(x)
 
-    def A_adjoint(self, y: Tensor) -> Tensor:
-        return _floating(y)
+    A_adjoint = A
 
 
 class Inpainting(LinearOperator):
@@ -84,35 +77,30 @@ class Inpainting(LinearOperator):
     binary or does not fit the images."""
 
     def __init__(self, mask_size: int = 19, image_size: Size = 64, sigma: float = 0.0) -> None:
+        super().__init__(sigma)
         height, width = height_and_width(image_size)
         if not 0 < mask_size <= min(height, width):
             raise ValueError(f"mask_size {mask_size} does not fit an image of {height}x{width}")
-        mask = torch.ones(height, width)
         top, left = (height - mask_size) // 2, (width - mask_size) // 2
-        mask[top : top + mask_size, left : left + mask_size] = 0
-        self._set(mask, sigma)
+        self.register_buffer("mask", torch.ones(height, width))
+        self.mask[top : top + mask_size, left : left + mask_size] = 0
 
     @classmethod
     def from_mask(cls, mask: Tensor, sigma: float = 0.0) -> "Inpainting":
         """Of any binary mask (H, W), (1 or C, H, W) or (B or 1, 1 or C, H, W): 1 where measured."""
-        operator = cls.__new__(cls)
-        operator._set(mask, sigma)
-        return operator
-
-    def _set(self, mask, sigma):
-        super().__init__(sigma)
         mask = torch.as_tensor(mask)
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError("the mask must be binary: 1 where a pixel is measured, 0 where it is blocked")
-        self.register_buffer("mask", mask.float())
+        operator = cls(1, tuple(mask.shape[-2:]), sigma)
+        operator.mask = mask.float()
+        return operator
 
     def A(self, x: Tensor) -> Tensor:
         missing = x.ndim - self.mask.ndim
         fits = missing >= 0 and all(m in (1, n) for m, n in zip(self.mask.shape, x.shape[missing:]))
         if not fits or x.shape[-2:] != self.mask.shape[-2:]:
-            shapes = f"{tuple(x.shape)} do not fit the mask of {tuple(self.mask.shape)}"
-            raise ValueError(f"images of shape {shapes}")
-        return _floating(x) * self.mask.to(x.dtype)
+            raise ValueError(f"images {tuple(x.shape)} do not fit the mask {tuple(self.mask.shape)}")
+        return floating(x) * self.mask.to(x.dtype)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
         return self.A(y)
@@ -161,7 +149,7 @@ class Blur(LinearOperator):
             raise ValueError(f"a kernel of {taps} pixels reaches beyond an image side of {size} pixels")
         impulses = torch.eye(size, dtype=self.kernel.dtype, device=self.kernel.device)[None]
         padded = F.pad(impulses, (radius, radius), mode=self.BOUNDARIES[self.boundary])[0]
-        return (padded.unfold(1, taps, 1) @ self.kernel).T.contiguous().to(_floating(like))
+        return (padded.unfold(1, taps, 1) @ self.kernel).T.contiguous().to(floating(like))
 
     def A(self, x: Tensor) -> Tensor:
         return self.matrix(x.shape[-2], x) @ x @ self.matrix(x.shape[-1], x).T

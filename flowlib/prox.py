@@ -12,10 +12,8 @@ from flowlib.glow import Glow
 
 class Prox(nn.Module):
     """What a solver asks of a proximal mapping. Any module with such a `forward` will do; to be saved, it
-    also needs `config`, a JSON-able dict, and `from_config`, and a class that can be imported.
-
-    uses_shrinkage: whether the solver learns a λ for it; else `forward` may get None. config: its
-    arguments."""
+    also needs `config`, a JSON-able dict of its arguments, and `from_config`, and a class that can be
+    imported. uses_shrinkage: whether the solver learns a λ for it; else `forward` may get None."""
 
     uses_shrinkage: bool = False
 
@@ -58,14 +56,17 @@ class _ImageNet(Prox):
     compute_dtype = None
 
     def forward(self, x: Tensor, shrinkage: Tensor | None = None) -> Tensor:
-        cast = torch.autocast(x.device.type, self.compute_dtype) if self.compute_dtype else nullcontext()
-        with cast:
+        with torch.autocast(x.device.type, self.compute_dtype) if self.compute_dtype else nullcontext():
             return self._net(x.contiguous(memory_format=torch.channels_last)).to(x.dtype)
 
 
-def _conv_bn_relu(in_channels, out_channels, bias):
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
-    return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+def _double_conv(in_channels, out_channels, bias):
+    """Twice a 3x3 convolution, batch normalisation and a ReLU."""
+    layers = []
+    for channels in (in_channels, out_channels):
+        layers += [nn.Conv2d(channels, out_channels, 3, padding=1, bias=bias)]
+        layers += [nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
 
 
 class UNetProx(_ImageNet):
@@ -76,13 +77,10 @@ class UNetProx(_ImageNet):
     def __init__(self, width: int = 64, in_channels: int = 3) -> None:
         super().__init__(width=int(width), in_channels=int(in_channels))
         widths = [width * 2**i for i in range(5)]
-
-        def double(i, o):
-            return nn.Sequential(*_conv_bn_relu(i, o, bias=False), *_conv_bn_relu(o, o, bias=False))
-
-        self.down = nn.ModuleList(double(i, o) for i, o in zip([in_channels, *widths], widths))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in reversed(widths[:-1]))
-        self.merge = nn.ModuleList(double(2 * w, w) for w in reversed(widths[:-1]))
+        fine = widths[:-1]
+        self.down = nn.ModuleList(_double_conv(i, o, False) for i, o in zip([in_channels, *fine], widths))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in reversed(fine))
+        self.merge = nn.ModuleList(_double_conv(2 * w, w, False) for w in reversed(fine))
         self.out = nn.Conv2d(width, in_channels, 1)
 
     def _net(self, x):
@@ -106,11 +104,7 @@ class ResNetProx(_ImageNet):
     def __init__(self, width: int = 128, num_blocks: int = 2, in_channels: int = 3) -> None:
         super().__init__(width=int(width), num_blocks=int(num_blocks), in_channels=int(in_channels))
         self.lift = nn.Conv2d(in_channels, width, 1)
-
-        def double():
-            return nn.Sequential(*_conv_bn_relu(width, width, True), *_conv_bn_relu(width, width, True))
-
-        self.blocks = nn.ModuleList(double() for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(_double_conv(width, width, True) for _ in range(num_blocks))
         first, second, last = (nn.Conv2d(width, out, 1) for out in (width, width, in_channels))
         self.tail = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
 

@@ -1,7 +1,19 @@
 """Invertible backpropagation through a chain of flow steps: memory does not grow with their number.
 
 Only the chain's output is kept. Going back, each step's input is recomputed from its output; the coupling
-net, which is all the work, is evaluated once for both this and its gradient (Putzky & Welling 2019)."""
+net, which is all the work, is evaluated once for both this and its gradient (Putzky & Welling 2019).
+
+A step is h = W x + b, y = (s h_a + t, h_b), (log s, t) = NN(h_b). With v' for ∂loss/∂v, l' for that of
+log_det, J for the Jacobian of NN, and sums over the batch and its n pixels, h_a = (y_a - t) / s and then
+x = M h + c, M = W⁻¹, go with::
+
+    h_a' = s y_a',  (log s)' = h_a' h_a + l',  t' = y_a',  h_b' = y_b' + Jᵀ ((log s)', t'),
+    W' = Σ h' xᵀ + n Σ l' W⁻ᵀ,  b' = Σ h',  x' = Wᵀ h'
+
+Back through the inverse of a step, h = W x + b and then y_a = s h_a + t, these go with::
+
+    M' = Σ x' hᵀ + n Σ l' M⁻ᵀ,  c' = Σ x',  h' = Mᵀ x',
+    y_a' = h_a' / s,  (log s)' = -h_a' h_a - l',  t' = -y_a',  y_b' = h_b' + Jᵀ ((log s)', t')"""
 
 from collections.abc import Iterable
 
@@ -22,9 +34,8 @@ class _ReversibleChain(torch.autograd.Function):
         for step in reversed(steps) if inverse else steps:
             x, step_log_det = step.inverse(x) if inverse else step(x)
             log_det = log_det + step_log_det
-        ctx.save_for_backward(
-            x, *parameters
-        )  # these too, so that a change in place before the backward pass is seen
+        # The parameters too, so that a change in place before the backward pass is seen.
+        ctx.save_for_backward(x, *parameters)
         return x, log_det
 
     @staticmethod
@@ -33,11 +44,14 @@ class _ReversibleChain(torch.autograd.Function):
             advice = "use set_memory(model, 'plain') or 'checkpoint'"
             raise RuntimeError(f"the memory mode 'reversible' has no second derivatives: {advice}")
         output, *parameters = ctx.saved_tensors
-        gradients = {}
-        back = _back_through_inverse if ctx.inverse else _back_through_forward
+        gradients, signed = {}, -grad_log_det if ctx.inverse else grad_log_det
+        parts = [_back_through_linear, _back_through_coupling]
         with torch.autocast(output.device.type, enabled=False):
             for step in ctx.steps if ctx.inverse else reversed(ctx.steps):
-                output, grad = back(step, output, grad, grad_log_det, gradients)
+                with torch.enable_grad():
+                    [folded] = fold([step])
+                for back in parts if ctx.inverse else reversed(parts):
+                    output, grad = back(step, folded, ctx.inverse, output, grad, signed, gradients)
         return grad, None, None, *[gradients.get(p) for p in parameters]
 
 
@@ -48,45 +62,33 @@ def run_chain(steps: Iterable[FlowStep], x: Tensor, inverse: bool = False) -> tu
     return _ReversibleChain.apply(x, steps, inverse, *[p for step in steps for p in step.parameters()])
 
 
-def _back_through_forward(step, y, grad_y, grad_log_det, gradients):
-    """The input x of y = step(x) and its gradient; those of the step's parameters go into gradients."""
-    y_a, y_b = y.chunk(2, dim=1)
-    grad_a, grad_b = grad_y.chunk(2, dim=1)
-    with torch.enable_grad():
-        [folded] = fold([step])
-        y_b = y_b.detach().requires_grad_()
-        log_s, t = step.coupling.log_scale_and_shift(y_b, folded.convs)
-    s = log_s.detach().exp()
-    h_a = (y_a - t.detach()) / s
-    grad_ha = grad_a * s
-    grad_log_s = grad_ha * h_a + grad_log_det[:, None, None, None].to(y.dtype)
-    through = _add_gradients(gradients, step.coupling, (log_s, t), (grad_log_s, grad_a), y_b)
-    h, grad_h = torch.cat([h_a, y_b.detach()], dim=1), torch.cat([grad_ha, grad_b + through], dim=1)
-
-    x = pixelwise(h, *(v.detach() for v in folded.inverse_linear))
-    grads = _outer(grad_h, x), grad_h.sum(dim=(0, 2, 3))[:, None], grad_log_det.sum() * y.shape[2:].numel()
-    _add_gradients(gradients, step, (*folded.linear, folded.log_det), grads)
-    return x, _transposed(folded.linear[0], grad_h)
+def _back_through_linear(step, folded, inverse, output, grad, grad_log_det, gradients):
+    """The input of the step's affine map, or its inverse, and its gradient; those of the parameters go into
+    gradients."""
+    maps = folded.linear, folded.inverse_linear
+    (weight, bias), undo = reversed(maps) if inverse else maps
+    x = pixelwise(output, *(v.detach() for v in undo))
+    grad_weight = torch.einsum("bohw,bihw->oi", grad, x)
+    grads = grad_weight, grad.sum(dim=(0, 2, 3))[:, None], grad_log_det.sum() * x.shape[2:].numel()
+    _add_gradients(gradients, step, (weight, bias, folded.log_det), grads)
+    return x, pixelwise(grad, weight.detach().T, grad.new_zeros(len(weight), 1))
 
 
-def _back_through_inverse(step, x, grad_x, grad_log_det, gradients):
-    """The input y of x = step.inverse(y) and its gradient; those of the parameters go into gradients."""
+def _back_through_coupling(step, folded, inverse, output, grad, grad_log_det, gradients):
+    """The same of the step's coupling."""
+    (a, b), (grad_a, grad_b) = output.chunk(2, dim=1), grad.chunk(2, dim=1)
     with torch.enable_grad():
-        [folded] = fold([step])
-    h_a, h_b = pixelwise(x, *(v.detach() for v in folded.linear)).chunk(2, dim=1)
-    with torch.enable_grad():
-        h_b = h_b.detach().requires_grad_()
-        log_s, t = step.coupling.log_scale_and_shift(h_b, folded.convs)
-    s = log_s.detach().exp()
-    h = torch.cat([h_a, h_b.detach()], dim=1)
-    grads = _outer(grad_x, h), grad_x.sum(dim=(0, 2, 3))[:, None], -grad_log_det.sum() * x.shape[2:].numel()
-    _add_gradients(gradients, step, (*folded.inverse_linear, folded.log_det), grads)
-    grad_ha, grad_hb = _transposed(folded.inverse_linear[0], grad_x).chunk(2, dim=1)
-    grad_a = grad_ha / s
-    grad_log_s = -grad_ha * h_a - grad_log_det[:, None, None, None].to(x.dtype)
-    through = _add_gradients(gradients, step.coupling, (log_s, t), (grad_log_s, -grad_a), h_b)
-    y = torch.cat([h_a * s + t.detach(), h_b.detach()], dim=1)
-    return y, torch.cat([grad_a, grad_hb + through], dim=1)
+        b = b.detach().requires_grad_()
+        log_s, t = step.coupling.log_scale_and_shift(b, folded.convs)
+    s, shift, grad_log_det = log_s.detach().exp(), t.detach(), grad_log_det[:, None, None, None].to(a.dtype)
+    if inverse:
+        x_a, grad_x = a * s + shift, grad_a / s
+        grads = -grad_a * a + grad_log_det, -grad_x
+    else:
+        x_a, grad_x = (a - shift) / s, grad_a * s
+        grads = grad_x * x_a + grad_log_det, grad_a
+    through = _add_gradients(gradients, step.coupling, (log_s, t), grads, b)
+    return torch.cat([x_a, b.detach()], dim=1), torch.cat([grad_x, grad_b + through], dim=1)
 
 
 def _add_gradients(gradients, module, outputs, grads, x=None):
@@ -102,13 +104,3 @@ def _add_gradients(gradients, module, outputs, grads, x=None):
         if parameter is not x and grad is not None:
             gradients[parameter] = gradients[parameter] + grad if parameter in gradients else grad
     return found[-1]
-
-
-def _transposed(weight, grad):
-    """The gradient of a matrix product's input."""
-    return pixelwise(grad, weight.detach().T, grad.new_zeros(len(weight), 1))
-
-
-def _outer(grad, x):
-    """The gradient of its matrix: sum over batch and pixels of grad x^T."""
-    return torch.einsum("bohw,bihw->oi", grad, x)

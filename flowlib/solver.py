@@ -12,9 +12,8 @@ from flowlib.operators import LinearOperator
 
 
 class Fold(NamedTuple):
-    """What one fold did, detached: x_tilde, x (B, C, H, W); for flow proxes also the latents' norm
-    ``‖f(x_tilde)‖`` and ``‖z‖`` after shrinkage, and log p_k(x_tilde), log p_k(x) in nats: (B,), else
-    None."""
+    """What one fold did, detached: x_tilde, x (B, C, H, W); for flow proxes also (B,), else None, the norms
+    ``‖f(x_tilde)‖`` and ``‖z‖`` after shrinkage, and log p_k(x_tilde), log p_k(x) in nats."""
 
     x_tilde: Tensor
     x: Tensor
@@ -65,16 +64,14 @@ class UnfoldedPGD(nn.Module):
         operator: one for all folds, or a list of K. With return_folds: (x_hat, list of K Fold). Raises
         ValueError where y does not fit x0, or there are not as many operators as folds."""
         if y.shape[1:] != self.x0.shape[1:]:
-            shapes = f"{tuple(y.shape)} do not fit x0 of shape {tuple(self.x0.shape)}"
-            raise ValueError(f"measurements of shape {shapes}")
+            raise ValueError(f"measurements {tuple(y.shape)} do not fit x0 of shape {tuple(self.x0.shape)}")
         operators = operator if isinstance(operator, (list, tuple)) else [operator] * self.num_folds
         x, folds = self.x0.expand(len(y), -1, -1, -1), []
-        scalars = zip(self.proxes, self.step_size, self.shrinkage, operators, strict=True)
-        for prox, step_size, shrinkage, operator in scalars:
-            x_tilde = x + step_size * operator.A_adjoint(y - operator.A(x))
-            x = prox(x_tilde, shrinkage)
+        for prox, mu, lam, op in zip(self.proxes, self.step_size, self.shrinkage, operators, strict=True):
+            x_tilde = x + mu * op.A_adjoint(y - op.A(x))
+            x = prox(x_tilde, lam)
             if return_folds:
-                folds.append(describe_fold(prox, shrinkage, x_tilde, x))
+                folds.append(describe_fold(prox, lam, x_tilde, x))
         x_hat = x_tilde if self.literal_last_fold else x
         return (x_hat, folds) if return_folds else x_hat
 

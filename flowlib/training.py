@@ -4,7 +4,6 @@ resumes.
 Every random draw of a step comes from a generator seeded by (seed, purpose, step), so a run that was killed
 and resumed from its last checkpoint ends with the same weights, to the bit, as one that was not."""
 
-import csv
 import math
 import time
 import zlib
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowlib.checkpoints import load_state, load_tensors, save_tensors
+from flowlib.checkpoints import load_state, load_tensors, part_of, save_tensors
 from flowlib.files import write_atomically
 from flowlib.glow import set_compute_dtype
 
@@ -122,12 +121,17 @@ def fit(
                 value = run.validate(validation_loss, value)
                 progress.set_postfix(val_loss=f"{value:.5f}")
             progress.update()
-            run.save_now_and_then()
+            if time.monotonic() - run.last_saved >= 60 * settings.checkpoint_minutes:
+                run.save()
     run.save()  # whoever is killed before the model is used need not train again
     model.load_state_dict(run.best)
     model.eval()
     set_compute_dtype(model, None)
     return run.summary()
+
+
+def _copy(tensors):
+    return {key: value.detach().clone() for key, value in tensors.items()}
 
 
 class _Run:
@@ -137,24 +141,20 @@ class _Run:
         self.model, self.groups, self.loss, self.settings = model, groups, loss, settings
         self.identity, self.directory, self.path = identity, directory, directory / "resume.safetensors"
         self.parameters = [p for group in groups for p in group["params"]]
-        self.rates = [group["lr"] for group in groups]
-        self.optimizer = self._new_optimizer()
         self.state = dict(step=0, best_loss=math.inf, best_step=0, seconds=0.0, cpu_seconds=0.0, history=[])
         self.state |= dict(restarts=[], stopped_early=False)
-        self._keep_best()
-        self._last_saved = self._last_tick = time.monotonic()
-        self._last_cpu = time.process_time()
+        self.best = _copy(model.state_dict())
+        self.last_saved = time.monotonic()
+        self._clocks = self._now()
+        self._make_optimizer()
 
-    def _new_optimizer(self):
+    def _make_optimizer(self):
         self._captured = None
         device = self.parameters[0].device
         # The rate is a tensor so that a captured step can read it.
         groups = [group | {"lr": torch.tensor(float(group["lr"]), device=device)} for group in self.groups]
-        decay, captured = self.settings.weight_decay, device.type == "cuda"
-        return torch.optim.AdamW(groups, weight_decay=decay, fused=True, capturable=captured)
-
-    def _keep_best(self):
-        self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        options = dict(weight_decay=self.settings.weight_decay, capturable=device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(groups, fused=True, **options)
 
     def finished(self):
         return self.state["step"] >= self.settings.num_steps or self.state["stopped_early"]
@@ -162,8 +162,8 @@ class _Run:
     def step(self, batch, explain):
         """One step of Adam; the loss."""
         factor = learning_rate_factor(self.state["step"], self.settings, self.state["restarts"])
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"].fill_(rate * factor)
+        for group, given in zip(self.optimizer.param_groups, self.groups):
+            group["lr"].fill_(given["lr"] * factor)
         self.model.train()
         if self.parameters[0].device.type == "cuda":
             self._captured = self._captured or self._capture(batch)
@@ -194,9 +194,8 @@ class _Run:
     def _capture(self, batch):
         """_update as one CUDA graph: a flow is thousands of small kernels, and to launch one takes longer
         than to run it."""
-        inputs = [value.clone() for value in batch]
-        model = {k: v.clone() for k, v in self.model.state_dict().items()}
-        moments = {p: {k: v.clone() for k, v in s.items()} for p, s in self.optimizer.state.items()}
+        inputs, model = [value.clone() for value in batch], _copy(self.model.state_dict())
+        moments = {p: _copy(state) for p, state in self.optimizer.state.items()}
         torch.backends.cuda.preferred_linalg_library("cusolver")  # the others cannot be captured
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
@@ -221,18 +220,19 @@ class _Run:
             value = validation_loss()
         if value < state["best_loss"]:
             state |= dict(best_loss=value, best_step=state["step"])
-            self._keep_best()
+            self.best = _copy(self.model.state_dict())
         elif not value <= 3 * state["best_loss"]:
             self._restart(f"validation loss {value:.4g} after {state['best_loss']:.4g}")
         patience = settings.patience * settings.validate_every
         state["stopped_early"] = state["step"] - state["best_step"] >= patience
         self._tick()
-        row = dict(step=state["step"], images_seen=state["step"] * settings.batch_size)
-        row |= dict(loss=loss, val_loss=value)
-        row |= {k: round(state[k], 2) for k in ("seconds", "cpu_seconds")}
+        row = dict(step=state["step"], images_seen=state["step"] * settings.batch_size, loss=loss)
+        row |= dict(val_loss=value) | {k: round(state[k], 2) for k in self._clocks}
         # What is not finite has no place in JSON.
         state["history"].append({k: v if math.isfinite(v) else None for k, v in row.items()})
-        write_atomically(self.directory / "log.csv", self._write_log)
+        lines = [state["history"][0], *(row.values() for row in state["history"])]
+        text = "".join(",".join("" if v is None else str(v) for v in line) + "\n" for line in lines)
+        write_atomically(self.directory / "log.csv", lambda path: path.write_text(text))
         return value
 
     def _restart(self, reason):
@@ -243,19 +243,15 @@ class _Run:
             raise Diverged(f"step {state['step']}: {reason}. {advice}", self.summary())
         state["restarts"].append({"step": state["step"], "reason": reason})
         self.model.load_state_dict(self.best)
-        self.optimizer = self._new_optimizer()
+        self._make_optimizer()
 
-    def _write_log(self, path):
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.state["history"][0])
-            writer.writeheader()
-            writer.writerows(self.state["history"])
+    def _now(self):
+        return {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
 
     def _tick(self):
-        now, cpu = time.monotonic(), time.process_time()
-        self.state["seconds"] += now - self._last_tick
-        self.state["cpu_seconds"] += cpu - self._last_cpu
-        self._last_tick, self._last_cpu = now, cpu
+        before, self._clocks = self._clocks, self._now()
+        for key, value in self._clocks.items():
+            self.state[key] += value - before[key]
 
     def summary(self):
         """What a record keeps of a training."""
@@ -265,19 +261,14 @@ class _Run:
         images = state["step"] * self.settings.batch_size
         return {"training": asdict(self.settings), "images_seen": images} | summary
 
-    def save_now_and_then(self):
-        if time.monotonic() - self._last_saved >= 60 * self.settings.checkpoint_minutes:
-            self.save()
-
     def save(self):
         self._tick()
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"best.{k}": v for k, v in self.best.items()}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        parts = {"model": self.model.state_dict(), "best": self.best}
+        parts |= {f"optimizer.{i}": moments for i, moments in self.optimizer.state_dict()["state"].items()}
+        tensors = {f"{part}.{key}": v for part, values in parts.items() for key, v in values.items()}
         header = {"identity": self.identity, "state": self.state, "finished": self.finished()}
         save_tensors(self.path, tensors, header)
-        self._last_saved = time.monotonic()
+        self.last_saved = time.monotonic()
 
     def resume(self):
         """Goes on from the resume file, if there is one; a finished one of other settings is ignored."""
@@ -290,14 +281,12 @@ class _Run:
             other = f"{self.path} belongs to a run with other settings or images"
             raise ValueError(f"{other}: delete it, or choose another directory")
         self.state |= header["state"]
-        load_state(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, self.path)
-        best = {k[5:]: v for k, v in tensors.items() if k.startswith("best.")}
-        self.best = {k: v.to(self.best[k].device) for k, v in best.items()}
+        load_state(self.model, part_of(tensors, "model."), self.path)
+        self.best = {k: v.to(self.best[k].device) for k, v in part_of(tensors, "best.").items()}
         saved = self.optimizer.state_dict()
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                if name != "step":  # the fused optimizer reads memory in the order of its parameter
-                    value = torch.empty_like(self.parameters[int(index)]).detach().copy_(value)
-                saved["state"].setdefault(int(index), {})[name] = value
+        for key, value in part_of(tensors, "optimizer.").items():
+            index, name = key.split(".")
+            if name != "step":  # the fused optimizer reads memory in the order of its parameter
+                value = torch.empty_like(self.parameters[int(index)]).detach().copy_(value)
+            saved["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(saved)
