@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from flowlib.images import Size, floating, height_and_width
-from flowlib.layers import FlowStep, Folded, Split, Squeeze, fold, sum_dtype
+from flowlib.layers import FlowStep, Folded, LogDet, Mapped, Split, Squeeze, fold, sum_dtype
 from flowlib.reversible import run_chain
+
+Latents = Sequence[Tensor]  # one for each level
+Folds = list[list[Folded]] | None  # one for each step of each level
 
 
 def _without_autocast(method):
@@ -36,13 +38,11 @@ class Glow(nn.Module):
     """Multi-scale flow f between images x (B, in_channels, H, W) and latents z ~ N(0, I), equations (4)-(6).
 
     Each of the num_levels levels squeezes, applies num_steps flow steps and, but for the last, splits half of
-    the channels off as a latent. The last level has last_level_steps steps (one, as the reference code builds
-    it: with 4 levels, 18 steps and 512 hidden_channels that gives the paper's 25.77 M parameters). num_steps
-    and hidden_channels may also be one number for each level, from fine to coarse; num_steps then gives the
-    last level's too. scale: the coupling's scale rule, "tanh", "sigmoid" or "exp", see AffineCoupling.
-    max_log_scale: bound of "tanh"; None is 2 / steps of the level, so that the scales of its couplings
-    multiply to between e^-2 and e^2. scale_bias: of "sigmoid"; contiguous_squeeze: see Squeeze; one for all
-    levels or for each.
+    the channels off as a latent. The last has last_level_steps (one, as in the reference code: 4 levels, 18
+    steps and 512 hidden_channels then give the paper's 25.77 M parameters). num_steps (the last level's too),
+    hidden_channels, scale_bias and contiguous_squeeze (see Squeeze) may be one number for each level, from
+    fine to coarse. scale: the rule "tanh", "sigmoid" or "exp", and its max_log_scale, scale_bias: see
+    AffineCoupling. max_log_scale None is 2 / steps of the level: its scales multiply to e^-2 to e^2.
 
     Raises ValueError where there are not as many numbers as levels; its methods, where x is not (B,
     in_channels, H, W) with H and W divisible by 2^num_levels."""
@@ -90,8 +90,8 @@ class Glow(nn.Module):
         if height % 2**n or width % 2**n:
             what = f"height {height} and width {width} must both be divisible by 2^num_levels = {2**n}"
             raise ValueError(f"{what}: crop or pad the image, or build a Glow with fewer levels")
-        levels = [(channels * 2**i, height // 2**i, width // 2**i) for i in range(1, n + 1)]
-        return [*levels[:-1], (2 * levels[-1][0], *levels[-1][1:])]
+        levels = range(1, n + 1)  # the last keeps the channels that others split off
+        return [(channels * 2 ** (i + (i == n)), height // 2**i, width // 2**i) for i in levels]
 
     def _check(self, x):
         channels = self.config["in_channels"]
@@ -100,39 +100,22 @@ class Glow(nn.Module):
         self.latent_shapes(tuple(floating(x).shape[2:]))
 
     @_without_autocast
-    def fold(self, **which: bool) -> list[list[Folded]] | None:
+    def fold(self, **which: bool) -> Folds:
         """What the steps compute with, made once for several calls of forward and inverse. which: see
         layers.fold. None in the memory modes that do not keep it."""
         if self.memory != "plain" and torch.is_grad_enabled():
             return None
         return [fold(list(level), **which) for level in self.levels]
 
-    def _run(self, level, x, inverse, folded, log_det):
-        """A level's steps, or their inverses in reverse, in the chosen memory mode."""
-        steps = self.levels[level]
-        if self.memory == "reversible" and torch.is_grad_enabled():
-            return run_chain(steps, x, inverse)
-        total = x.new_zeros(len(x)) if log_det else None
-        for i in reversed(range(len(steps))) if inverse else range(len(steps)):
-            run = steps[i].inverse if inverse else steps[i]
-            if folded is None:
-                x, step_log_det = checkpoint(run, x, None, log_det, use_reentrant=False)
-            else:
-                x, step_log_det = run(x, folded[level][i], log_det)
-            total = total + step_log_det if log_det else None
-        return x, total
-
     @_without_autocast
-    def forward(
-        self, x: Tensor, folded: list | None = None, log_det: bool = True
-    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    def forward(self, x: Tensor, folded: Folds = None, log_det: bool = True) -> tuple[Latents, LogDet]:
         """z = f(x), equation (4): images (B, C, H, W) -> (latents, one tensor a level; log_det (B,) in nats).
         folded: what fold() gave, if it serves several calls. Without log_det, it is not computed."""
         self._check(x)
-        folded = folded or self.fold(inverse=False, log_det=log_det)
+        folded = folded or self.fold(inverse=False, log_det=log_det) or [None] * len(self.levels)
         latents, total = [], x.new_zeros(len(x))
         for i, squeeze in enumerate(self.squeezes):
-            x, level_log_det = self._run(i, squeeze(x), False, folded, log_det)
+            x, level_log_det = run_chain(self.levels[i], squeeze(x), False, self.memory, folded[i], log_det)
             total = total + level_log_det if log_det else None
             if i < len(self.levels) - 1:
                 x, latent = self.split(x)
@@ -140,19 +123,17 @@ class Glow(nn.Module):
         return (*latents, x), total
 
     @_without_autocast
-    def inverse(
-        self, latents: Sequence[Tensor], folded: list | None = None, log_det: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
+    def inverse(self, latents: Latents, folded: Folds = None, log_det: bool = True) -> Mapped:
         """x = g(z), equation (5): latents as forward returns them -> (images (B, C, H, W); log_det (B,) in
         nats). folded, log_det: as in forward. Raises ValueError for another number of latents."""
         if len(latents) != len(self.levels):
             raise ValueError(f"expected {len(self.levels)} latents, one for each level, got {len(latents)}")
-        folded = folded or self.fold(forward=False, log_det=log_det)
+        folded = folded or self.fold(forward=False, log_det=log_det) or [None] * len(self.levels)
         x, total = latents[-1], latents[-1].new_zeros(len(latents[-1]))
         for i in reversed(range(len(latents))):
             if i < len(latents) - 1:
                 x = self.split.inverse(x, latents[i])
-            x, level_log_det = self._run(i, x, True, folded, log_det)
+            x, level_log_det = run_chain(self.levels[i], x, True, self.memory, folded[i], log_det)
             total = total + level_log_det if log_det else None
             x = self.squeezes[i].inverse(x)
         return x, total

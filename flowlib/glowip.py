@@ -21,13 +21,11 @@ def load_glowip(
     """The Glow of a GlowIP state dict (a .pt file or the dict itself), in evaluation mode.
 
     Sizes are read from the keys: `glow_modules` there holds, for each level, a squeeze, its steps and (but
-    for the last) a split. config: the options it was trained with, a mapping or JSON file; None looks for
-    configs.json beside the weights. Three change the flow: `squeeze_contig` and `coupling_bias` on all levels
-    but the last, and `last_zeros`, which that code also passes, by position, as the last level's coupling
-    bias: 1 where it is true.
-
-    Files are read with weights_only, so nothing in them is executed. Raises FileNotFoundError, and ValueError
-    for a truncated, foreign or inconsistent file, naming the first key that does not fit."""
+    for the last) a split. config: the options it was trained with, a mapping or JSON file (None: configs.json
+    beside the weights, if it is there). Three change the flow: `squeeze_contig` and `coupling_bias` on all
+    levels but the last, and `last_zeros`, which that code also passes, by position, as the last level's
+    coupling bias. Nothing in a file is executed. Raises FileNotFoundError, and ValueError for a truncated,
+    foreign or inconsistent file, naming the first key that does not fit."""
     state, source = path_or_state_dict, "this state dict"
     if not isinstance(state, dict):
         source = Path(state)

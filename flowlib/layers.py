@@ -17,9 +17,8 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 
 
 class Squeeze(nn.Module):
-    """Moves each 2x2 block of pixels into channels, in the order (c, row, column).
-
-    contiguous: cuts each channel into four bands of rows instead, an option of GlowIP."""
+    """Moves each 2x2 block of pixels into channels, in the order (c, row, column); contiguous: cuts each
+    channel into four bands of rows instead, an option of GlowIP."""
 
     def __init__(self, contiguous: bool = False) -> None:
         super().__init__()
@@ -65,9 +64,8 @@ class Bijection(nn.Module):
 
 
 class ActNorm(Bijection):
-    """Affine map per channel, y = (x + bias) exp(log_scale) (Kingma & Dhariwal 2018, section 3.1).
-
-    It starts as the identity of this number of channels; only `initialize` sets it from data."""
+    """Affine map of each of the channels, y = (x + bias) exp(log_scale) (Kingma & Dhariwal 2018, 3.1). It
+    starts as the identity; only `initialize` sets it from data."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -96,9 +94,8 @@ class ActNorm(Bijection):
 
 
 class InvConv1x1(Bijection):
-    """Invertible 1x1 convolution y = W x at every pixel (Kingma & Dhariwal 2018, section 3.2).
-
-    W (channels, channels) starts as a random rotation; float64 serves its inverse and determinant."""
+    """Invertible 1x1 convolution y = W x at every pixel (Kingma & Dhariwal 2018, 3.2). W (channels,
+    channels) starts as a random rotation; float64 serves its inverse and determinant."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -143,11 +140,9 @@ def pixelwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class CouplingNet(nn.Module):
-    """NN of the affine coupling: convolutions 3x3, 1x1, 3x3; an ActNorm and a ReLU after the first two.
-
-    in_channels, hidden_channels, out_channels: before, between and after them. The last is multiplied by
-    exp(3 log_scale) and starts at zero, which makes a fresh flow linear. `compute_dtype` (None: that of the
-    weights) may be torch.bfloat16: weights stay as they are and are cast."""
+    """NN of the affine coupling: convolutions 3x3, 1x1, 3x3 from in_channels over hidden_channels to
+    out_channels; an ActNorm and a ReLU after the first two. The last is multiplied by exp(3 log_scale) and
+    starts at zero: a fresh flow is linear. `compute_dtype` (None: the weights') may be torch.bfloat16."""
 
     def __init__(self, in_channels: int, hidden_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -173,9 +168,18 @@ class CouplingNet(nn.Module):
 
     def forward(self, x: Tensor, convs: tuple | None = None) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H, W). convs: one of what fold_nets gives."""
-        (weight1, bias1), (weight2, bias2), (weight3, bias3) = convs or fold_nets([self])[0]
-        h = _conv_relu(_channels_last(x, weight1.dtype), weight1, bias1, padding=1)
-        h = F.conv2d(_conv_relu(h, weight2, bias2, padding=0), weight3, bias3, padding=1)
+        *first, (weight, bias) = convs or fold_nets([self])[0]
+        h = _channels_last(x, weight.dtype)
+        fused = h.device.type == "cpu" and h.dtype in (torch.float32, torch.bfloat16) and not _transformed(h)
+        fused = fused and not torch.is_grad_enabled() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        for layer, padding in zip(first, (1, 0)):
+            if fused:
+                # The ReLU is done while the result is still in the cache: a quarter of the time in bfloat16.
+                rest = ([padding] * 2, [1, 1], [1, 1], 1, "relu", [], "")
+                h = torch.ops.mkldnn._convolution_pointwise(h, *layer, *rest)
+            else:
+                h = F.conv2d(h, *layer, padding=padding).relu_()
+        h = F.conv2d(h, weight, bias, padding=1)
         return h.to(x.dtype).contiguous()  # affine maps are faster channel by channel
 
 
@@ -209,15 +213,6 @@ def _transformed(x):
     """Whether torch.func or forward-mode differentiation is at work, for which not all operations serve."""
     tangent = torch.autograd.forward_ad.unpack_dual(x).tangent
     return tangent is not None or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _conv_relu(h, weight, bias, padding):
-    served = h.device.type == "cpu" and h.dtype in (torch.float32, torch.bfloat16) and not _transformed(h)
-    if served and not torch.is_grad_enabled() and hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        # The ReLU is done while the result is still in the cache: a quarter of the time in bfloat16.
-        rest = ([padding] * 2, [1, 1], [1, 1], 1, "relu", [], "")
-        return torch.ops.mkldnn._convolution_pointwise(h, weight, bias, *rest)
-    return F.conv2d(h, weight, bias, padding=padding).relu_()
 
 
 SCALE_RULES = ("tanh", "sigmoid", "exp")
@@ -278,10 +273,9 @@ class Folded(NamedTuple):
 
 
 class FlowStep(Bijection):
-    """One step of Glow: ActNorm, invertible 1x1 convolution, affine coupling.
-
-    channels, hidden_channels, rule: the arguments of AffineCoupling. folded: what fold() made of this step,
-    where it serves several calls. Without log_det, None stands for it."""
+    """One step of Glow: ActNorm, invertible 1x1 convolution, affine coupling. channels, hidden_channels,
+    rule: the arguments of AffineCoupling. Options of forward and inverse: folded, what fold() made of the
+    step, where that serves several calls; log_det: without it, None stands for it."""
 
     def __init__(self, channels: int, hidden_channels: int, **rule: str | float) -> None:
         super().__init__()

@@ -112,11 +112,11 @@ class Inpainting(LinearOperator):
 class Blur(LinearOperator):
     """Convolution with a truncated, normalised Gaussian of standard deviation sigma_b pixels.
 
-    kernel_size: odd number of taps a side; the paper gives none, and 3 is what fits its numbers (notebook
-    "blur"). boundary: what lies outside the image: "circular" (it repeats), "zero", or "reflect" (mirrored
-    about the centre of the edge pixel). sigma: of the noise. The Gaussian is separable, so A x = B_H x B_Wᵀ
-    with one small band matrix B for each axis; the adjoint is exact for every boundary. Raises ValueError for
-    an even kernel, a sigma_b that is not positive, an unknown boundary, or a kernel larger than the image."""
+    kernel_size: odd number of taps a side; the paper gives none, and 3 fits its numbers (notebook "blur").
+    boundary: what lies outside: "circular" (the image repeats), "zero", or "reflect" (mirrored about the
+    centre of the edge pixel). sigma: of the noise. The Gaussian is separable: A x = B_H x B_Wᵀ with a small
+    band matrix B for each axis, and the adjoint is exact. Raises ValueError for an even kernel, a sigma_b
+    that is not positive, an unknown boundary, or a kernel larger than the image."""
 
     BOUNDARIES = {"circular": "circular", "zero": "constant", "reflect": "reflect"}
 

@@ -19,8 +19,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from flowlib.layers import FlowStep, fold, pixelwise
+from flowlib.layers import FlowStep, Folded, Mapped, fold, pixelwise
 
 
 class _ReversibleChain(torch.autograd.Function):
@@ -30,10 +31,7 @@ class _ReversibleChain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, steps, inverse, *parameters):
         ctx.steps, ctx.inverse = steps, inverse
-        log_det = x.new_zeros(len(x))
-        for step in reversed(steps) if inverse else steps:
-            x, step_log_det = step.inverse(x) if inverse else step(x)
-            log_det = log_det + step_log_det
+        x, log_det = run_chain(steps, x, inverse)
         # The parameters too, so that a change in place before the backward pass is seen.
         ctx.save_for_backward(x, *parameters)
         return x, log_det
@@ -55,11 +53,26 @@ class _ReversibleChain(torch.autograd.Function):
         return grad, None, None, *[gradients.get(p) for p in parameters]
 
 
-def run_chain(steps: Iterable[FlowStep], x: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """(y, log_det) of the steps on x (B, C, H, W), or of their inverses in reverse, in memory constant in
-    len(steps). Its backward pass raises RuntimeError where second derivatives are asked for."""
-    steps = list(steps)
-    return _ReversibleChain.apply(x, steps, inverse, *[p for step in steps for p in step.parameters()])
+def run_chain(
+    steps: Iterable[FlowStep],
+    x: Tensor,
+    inverse: bool = False,
+    memory: str = "reversible",
+    folded: list[Folded] | None = None,
+    log_det: bool = True,
+) -> Mapped:
+    """(y, log_det or None) of the steps on x (B, C, H, W), or of their inverses in reverse. folded: what fold
+    made of them, for the memory mode "plain"; the others: see set_memory. The backward pass of "reversible"
+    raises RuntimeError where second derivatives are asked for."""
+    steps, total = list(steps), x.new_zeros(len(x)) if log_det else None
+    if memory == "reversible" and torch.is_grad_enabled():
+        return _ReversibleChain.apply(x, steps, inverse, *[p for step in steps for p in step.parameters()])
+    for i in reversed(range(len(steps))) if inverse else range(len(steps)):
+        run, inputs = steps[i].inverse if inverse else steps[i], (x, folded and folded[i], log_det)
+        keep_input = memory == "checkpoint" and torch.is_grad_enabled()
+        x, step_log_det = checkpoint(run, *inputs, use_reentrant=False) if keep_input else run(*inputs)
+        total = total + step_log_det if log_det else None
+    return x, total
 
 
 def _back_through_linear(step, folded, inverse, output, grad, grad_log_det, gradients):

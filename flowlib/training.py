@@ -23,9 +23,9 @@ from flowlib.glow import set_compute_dtype
 @dataclass(frozen=True)
 class Training:
     """Settings of one training. lr: of the networks; scalar_lr: of μ and λ; the rate rises over warmup_steps
-    and, with cosine, falls to zero at num_steps; patience: validations without improvement before it stops;
-    max_restarts: how often a run that fell apart goes on from its best weights at half the rate. shrinkage:
-    where λ starts. mirror: half of the training images, at random, are mirrored left to right."""
+    and, with cosine, falls to zero at num_steps; shrinkage: where λ starts; mirror: half of the images, at
+    random, are mirrored left to right; patience: validations without improvement before it stops;
+    max_restarts: how often a run that fell apart goes on from its best weights at half the rate."""
 
     num_steps: int
     batch_size: int
@@ -145,7 +145,8 @@ class _Run:
         self.state |= dict(restarts=[], stopped_early=False)
         self.best = _copy(model.state_dict())
         self.last_saved = time.monotonic()
-        self._clocks = self._now()
+        self._clocks = {}
+        self._tick()
         self._make_optimizer()
 
     def _make_optimizer(self):
@@ -245,13 +246,11 @@ class _Run:
         self.model.load_state_dict(self.best)
         self._make_optimizer()
 
-    def _now(self):
-        return {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
-
     def _tick(self):
-        before, self._clocks = self._clocks, self._now()
-        for key, value in self._clocks.items():
-            self.state[key] += value - before[key]
+        now = {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
+        for key, value in now.items():
+            self.state[key] += value - self._clocks.get(key, value)
+        self._clocks = now
 
     def summary(self):
         """What a record keeps of a training."""

@@ -20,7 +20,7 @@ from flowlib import (
     set_compute_dtype,
     set_memory,
 )
-from flowlib.layers import ActNorm, AffineCoupling, FlowStep, InvConv1x1, Split, Squeeze
+from flowlib.layers import ActNorm, AffineCoupling, CouplingNet, FlowStep, InvConv1x1, Split, Squeeze
 
 
 def randomize(module, seed=0, scale=0.2):
@@ -270,6 +270,56 @@ def test_bf16_coupling_nets_keep_the_round_trip():
     assert latents[0].dtype == torch.float32
     assert 0 < max((a - b).abs().max() for a, b in zip(exact, latents)) < 0.1
     assert (glow.inverse(latents)[0] - x).abs().max() < 0.02
+
+
+class WithoutFusedConvolutions:
+    """Stands for a build of PyTorch that lacks oneDNN's operators."""
+
+
+fused_only = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_convolution_pointwise"), reason="this PyTorch has no fused convolution"
+)
+
+
+@fused_only
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@torch.no_grad()
+def test_the_fused_convolution_is_the_plain_one(dtype, tolerance, monkeypatch):
+    """A private operator of PyTorch: it must do what the line beside it does, and be dispensable."""
+    torch.manual_seed(0)
+    net, x = randomize(CouplingNet(6, 32, 12)), torch.randn(2, 6, 8, 8)
+    net.compute_dtype = dtype
+    calls = []
+    monkeypatch.setattr(torch.nn.functional, "conv2d", counted(torch.nn.functional.conv2d, calls))
+    fused = net(x)
+    assert len(calls) == 1  # the last one, which has no ReLU
+    monkeypatch.setattr(torch.ops, "mkldnn", WithoutFusedConvolutions())
+    plain = net(x)
+    assert len(calls) == 1 + 3 and (fused - plain).abs().max() <= tolerance * plain.abs().max()
+
+
+@fused_only
+@pytest.mark.parametrize("dtype,tolerance", [(None, 1e-5), (torch.bfloat16, 0.02)])
+@torch.no_grad()
+def test_a_flow_does_without_the_fused_convolution(dtype, tolerance, monkeypatch):
+    glow, x = small_glow(torch.float32, hidden_channels=16), torch.rand(2, 3, 8, 8) - 0.5
+    set_compute_dtype(glow, dtype)
+    latents, log_det = glow(x)
+    monkeypatch.setattr(torch.ops, "mkldnn", WithoutFusedConvolutions())
+    plain, plain_log_det = glow(x)
+    assert all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(latents, plain))
+    torch.testing.assert_close(log_det, plain_log_det, rtol=tolerance, atol=tolerance)
+    assert (glow.inverse(plain)[0] - x).abs().max() < 2 * tolerance
+
+
+def counted(function, calls):
+    """function, which notes each of its calls."""
+
+    def run(*args, **options):
+        calls.append(function)
+        return function(*args, **options)
+
+    return run
 
 
 @pytest.mark.parametrize(
