@@ -61,8 +61,8 @@ def save_checkpoint(
         for k, prox in enumerate(proxes):
             first = proxes.index(prox)
             folds.append(_describe(prox) if first == k else {"same_as": first})
-            if first < k:
-                tensors = {key: v for key, v in tensors.items() if not key.startswith(f"proxes.{k}.")}
+            for key in part_of(tensors, f"proxes.{k}.") if first < k else ():
+                del tensors[f"proxes.{k}.{key}"]
         header = {"kind": "UnfoldedPGD", "folds": folds, "literal_last_fold": model.literal_last_fold}
         header["image_shape"] = list(model.x0.shape[1:])
     else:
@@ -109,9 +109,8 @@ def load_checkpoint(path: str | Path) -> Glow | UnfoldedPGD:
         for k, fold in enumerate(header.get("folds") or [header] * header["num_folds"]):
             first = fold.get("same_as", k)
             proxes.append(_build(fold) if first == k else proxes[first])
-            if first < k:
-                shared = part_of(tensors, f"proxes.{first}.")
-                tensors |= {f"proxes.{k}.{key}": value for key, value in shared.items()}
+            for key, value in part_of(tensors, f"proxes.{first}.").items():
+                tensors[f"proxes.{k}.{key}"] = value
         x0 = torch.zeros(1, *header["image_shape"])
         model = UnfoldedPGD(proxes, x0, literal_last_fold=header["literal_last_fold"])
     else:
@@ -125,12 +124,10 @@ def load_checkpoint(path: str | Path) -> Glow | UnfoldedPGD:
 
 def load_state(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     """model.load_state_dict, with a ValueError that names path and the first key that does not fit."""
-    own = model.state_dict()
-    for key in own | tensors:
-        if key not in tensors or key not in own:
-            what = "is missing" if key in own else "is not part of it"
-            raise ValueError(f"{path} does not fit the model: {key} {what}")
-        if own[key].shape != tensors[key].shape:
-            what = f"has shape {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}"
+    own, given = ({k: tuple(v.shape) for k, v in found.items()} for found in (model.state_dict(), tensors))
+    for key in own | given:
+        if own.get(key) != given.get(key):
+            wrong = f"has shape {given.get(key)}, not {own.get(key)}" if key in given else "is missing"
+            what = wrong if key in own else "is not part of it"
             raise ValueError(f"{path} does not fit the model: {key} {what}")
     model.load_state_dict(tensors)

@@ -1,8 +1,8 @@
-"""Export of a flow solver to ONNX, to run it where there is no PyTorch: in a browser, in another program.
-
-The graph is written node by node, because tracing one of this many small layers takes minutes."""
+"""Export of a flow solver to ONNX, to run it where there is no PyTorch: in a browser, in another program. The
+graph is written node by node, because tracing one of this many small layers takes minutes."""
 
 import copy
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -130,21 +130,18 @@ def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
     num_folds, (_, *shape) = solver.num_folds, solver.x0.shape
     data = dict(denoising={}, inpainting={"mask": [1, 1, *shape[1:]]}, deblurring={"blur": shape[1:]})
     inputs = {"y": [1, *shape], **data[task], "step_size": [num_folds], "shrinkage": [num_folds]}
-    x, images, norms = graph.constant(solver.x0), [], []
+    x, results = graph.constant(solver.x0), []
     scalars = (graph.split(name, num_folds, axis=0) for name in ("step_size", "shrinkage"))
     for prox, step_size, shrinkage in zip(solver.proxes, *scalars):
         residual = _apply(graph, task, graph("Sub", "y", _apply(graph, task, x)), adjoint=True)
         x = graph("Add", x, graph("Mul", step_size, residual))
         x, norm = _prox(graph, prox.glow, x, shrinkage)
-        images.append(x)
-        norms.append(norm)
+        results.append((x, norm))
     outputs = {"folds": [num_folds, *shape], "latent_norms": [num_folds]}
-    for name, values in zip(outputs, (images, norms)):
+    for name, values in zip(outputs, zip(*results)):
         graph.nodes.append(helper.make_node("Concat", values, [name], axis=0))
-    described = (
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in tensors.items()]
-        for tensors in (inputs, outputs)
-    )
+    info = functools.partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT)
+    described = ([info(name, shape=size) for name, size in ends.items()] for ends in (inputs, outputs))
     whole = helper.make_graph(graph.nodes, "UnfoldedPGD", *described, graph.constants)
     # Versions which onnxruntime-web reads.
     model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)

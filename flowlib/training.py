@@ -1,9 +1,9 @@
-"""Training of a flow by likelihood or of a solver by mean squared error: a loop that saves itself and
-resumes.
+"""Training of a flow by likelihood or of a solver by mean squared error: a loop that resumes.
 
 Every random draw of a step comes from a generator seeded by (seed, purpose, step), so a run that was killed
 and resumed from its last checkpoint ends with the same weights, to the bit, as one that was not."""
 
+import copy
 import math
 import time
 import zlib
@@ -98,8 +98,8 @@ def fit(
     groups: optimizer parameter groups with their own lr. make_batch(indices, step) draws a batch, a tuple of
     tensors, of which loss, given them, makes a scalar; on a GPU a step is captured as a graph, so loss must
     neither draw nor wait. Writes directory/log.csv and, every settings.checkpoint_minutes and at the end,
-    directory/resume.safetensors, from which training goes on. identity: what else the run depends on, such as
-    the images' hash. A run whose loss or gradient is not finite, or whose validation loss is more than three
+    resume.safetensors, from which training goes on. identity: what else the run depends on, such as the
+    images' hash. A run whose loss or gradient is not finite, or whose validation loss is more than three
     times its best, goes on from its best weights at half the rate. Raises ValueError for fewer images than a
     batch, or a resume file of another run; Diverged after settings.max_restarts restarts, with what explain
     says of the batch as the reason."""
@@ -112,15 +112,14 @@ def fit(
     run.resume()
     state = run.state
     set_compute_dtype(model, torch.bfloat16 if settings.bf16 else None)
-    bar = dict(total=settings.num_steps, initial=state["step"], desc=directory.name, mininterval=2)
-    with tqdm(**bar) as progress:
+    with tqdm(total=settings.num_steps, initial=state["step"], desc=directory.name, mininterval=2) as bar:
         while not run.finished():
             indices = batch_indices(state["step"], settings.batch_size, num_images, seed)
             value = run.step(make_batch(indices, state["step"]), explain)
             if state["step"] % settings.validate_every == 0 or state["step"] == settings.num_steps:
                 value = run.validate(validation_loss, value)
-                progress.set_postfix(val_loss=f"{value:.5f}")
-            progress.update()
+                bar.set_postfix(val_loss=f"{value:.5f}")
+            bar.update()
             if time.monotonic() - run.last_saved >= 60 * settings.checkpoint_minutes:
                 run.save()
     run.save()  # whoever is killed before the model is used need not train again
@@ -128,10 +127,6 @@ def fit(
     model.eval()
     set_compute_dtype(model, None)
     return run.summary()
-
-
-def _copy(tensors):
-    return {key: value.detach().clone() for key, value in tensors.items()}
 
 
 class _Run:
@@ -143,7 +138,7 @@ class _Run:
         self.parameters = [p for group in groups for p in group["params"]]
         self.state = dict(step=0, best_loss=math.inf, best_step=0, seconds=0.0, cpu_seconds=0.0, history=[])
         self.state |= dict(restarts=[], stopped_early=False)
-        self.best = _copy(model.state_dict())
+        self.best = copy.deepcopy(model.state_dict())
         self.last_saved = time.monotonic()
         self._clocks = {}
         self._tick()
@@ -195,8 +190,8 @@ class _Run:
     def _capture(self, batch):
         """_update as one CUDA graph: a flow is thousands of small kernels, and to launch one takes longer
         than to run it."""
-        inputs, model = [value.clone() for value in batch], _copy(self.model.state_dict())
-        moments = {p: _copy(state) for p, state in self.optimizer.state.items()}
+        inputs, model = [value.clone() for value in batch], copy.deepcopy(self.model.state_dict())
+        moments = {p: copy.deepcopy(state) for p, state in self.optimizer.state.items()}
         torch.backends.cuda.preferred_linalg_library("cusolver")  # the others cannot be captured
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
@@ -221,7 +216,7 @@ class _Run:
             value = validation_loss()
         if value < state["best_loss"]:
             state |= dict(best_loss=value, best_step=state["step"])
-            self.best = _copy(self.model.state_dict())
+            self.best = copy.deepcopy(self.model.state_dict())
         elif not value <= 3 * state["best_loss"]:
             self._restart(f"validation loss {value:.4g} after {state['best_loss']:.4g}")
         patience = settings.patience * settings.validate_every
@@ -274,11 +269,10 @@ class _Run:
         if not self.path.exists():
             return
         tensors, header = load_tensors(self.path)
+        if header.get("identity") != self.identity and header.get("finished"):
+            return
         if header.get("identity") != self.identity:
-            if header.get("finished"):
-                return
-            other = f"{self.path} belongs to a run with other settings or images"
-            raise ValueError(f"{other}: delete it, or choose another directory")
+            raise ValueError(f"{self.path} belongs to a run with other settings or images: delete it")
         self.state |= header["state"]
         load_state(self.model, part_of(tensors, "model."), self.path)
         self.best = {k: v.to(self.best[k].device) for k, v in part_of(tensors, "best.").items()}
