@@ -50,7 +50,6 @@ def save_checkpoint(
     path: str | Path, model: Glow | UnfoldedPGD, dtype: torch.dtype | None = None, **info: Any
 ) -> None:
     """Writes a Glow or an UnfoldedPGD with all that is needed to build it again, and any JSON-able info.
-
     dtype: torch.float16 or bfloat16 halves the file; None keeps the model's. A prox that serves several folds
     is written once. Raises ValueError for a prox that cannot be built again, TypeError for another model."""
     tensors = model.state_dict()
@@ -97,7 +96,6 @@ def _build(fold):
 
 def load_checkpoint(path: str | Path) -> Glow | UnfoldedPGD:
     """The Glow or UnfoldedPGD that save_checkpoint wrote, in evaluation mode, float32 or float64 as saved.
-
     A prox class of one's own is imported. Raises FileNotFoundError; ValueError for a class that cannot be
     imported and for a foreign, truncated or inconsistent file, naming the first key that does not fit."""
     tensors, header = load_tensors(path)

@@ -2,10 +2,10 @@
 
 import copy
 import functools
+import json
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
@@ -61,7 +61,8 @@ class Glow(nn.Module):
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
-        self.config = {key: _plain(value) for key, value in arguments.items()}
+        # As JSON has it: NumPy's numbers as Python's, tuples as lists.
+        self.config = json.loads(json.dumps(arguments, default=lambda value: value.tolist()))
         channels, num_levels, num_steps, _, last_level_steps, *_ = self.config.values()
         self.memory = "plain"
 
@@ -168,10 +169,8 @@ class Glow(nn.Module):
     @_without_autocast
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Sets every ActNorm from a batch of images (B, C, H, W), once, before training.
-
-        Raises RuntimeError where it was done before (a loaded or trained flow); ValueError where a channel is
-        constant: the flow is then as it was."""
+        """Sets every ActNorm from a batch of images (B, C, H, W), once, before training. Raises RuntimeError
+        where it was done before; ValueError where a channel is constant: the flow is then as it was."""
         self._check(x)
         if self.initialized:
             raise RuntimeError("this Glow is initialised already; initialise a new one, or train on without")
@@ -186,15 +185,8 @@ class Glow(nn.Module):
 
 def standard_normal_log_prob(latents: Sequence[Tensor]) -> Tensor:
     """log N(z; 0, I) summed over all latents: (B,) in nats."""
-    squares = [z.to(sum_dtype(z)).square() for z in latents]
+    squares = (z.to(sum_dtype(z)).square() for z in latents)
     return sum(-0.5 * (s + math.log(2 * math.pi)).sum(dim=(1, 2, 3)) for s in squares)
-
-
-def _plain(value):
-    """NumPy's numbers as Python's and tuples as lists, so that a configuration can be written as JSON."""
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(v) for v in value]
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:

@@ -15,9 +15,8 @@ def split_indices(
     """Seeded, disjoint index arrays "train", "val", "test"; and "pretrain", all that is not held out.
 
     train, val, test: how many of num_images. held_out: size of each of the pools that val and test are taken
-    from (default: the larger of the two). Splits that share it and the seed nest: the smaller edition's test
-    images lie inside the larger one's, and "pretrain" holds no val or test image of either. ValueError for
-    too few images."""
+    from (default: the larger of the two). Splits that share it and the seed nest: the smaller one's test lies
+    inside the larger one's, and "pretrain" holds no val or test of either. ValueError for too few images."""
     held_out = max(val, test) if held_out is None else held_out
     if min(train, val, test) < 0 or held_out < max(val, test):
         raise ValueError(f"a pool of held_out={held_out} cannot hold val={val} or test={test} images")

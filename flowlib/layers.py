@@ -155,16 +155,14 @@ class CouplingNet(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(out_channels))
         for conv in (self.conv1, self.conv2):
             nn.init.normal_(conv.weight, std=0.05)
-            nn.init.zeros_(conv.bias)
-        nn.init.zeros_(self.conv3.weight)
-        nn.init.zeros_(self.conv3.bias)
+        for zero in (self.conv1.bias, self.conv2.bias, self.conv3.weight, self.conv3.bias):
+            nn.init.zeros_(zero)
 
     def initialize(self, x: Tensor) -> None:
         """Sets both ActNorms from a batch (B, in_channels, H, W)."""
         h = self.conv1(x)
         self.actnorm1.initialize(h)
-        h = self.conv2(self.actnorm1(h)[0].relu())
-        self.actnorm2.initialize(h)
+        self.actnorm2.initialize(self.conv2(self.actnorm1(h)[0].relu()))
 
     def forward(self, x: Tensor, convs: tuple | None = None) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H, W). convs: one of what fold_nets gives."""

@@ -72,7 +72,6 @@ class Denoising(LinearOperator):
 
 class Inpainting(LinearOperator):
     """Blocks the centre mask_size x mask_size pixels of images of size image_size (one number, or (H, W)).
-
     Noise of standard deviation sigma falls on measured pixels only. Raises ValueError where the mask is not
     binary or does not fit the images."""
 

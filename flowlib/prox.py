@@ -64,15 +64,14 @@ def _double_conv(in_channels, out_channels, bias):
     """Twice a 3x3 convolution, batch normalisation and a ReLU."""
     layers = []
     for channels in (in_channels, out_channels):
-        layers += [nn.Conv2d(channels, out_channels, 3, padding=1, bias=bias)]
-        layers += [nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+        conv = nn.Conv2d(channels, out_channels, 3, padding=1, bias=bias)
+        layers += [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
 class UNetProx(_ImageNet):
-    """The standard U-Net (Ronneberger et al. 2015): width, 2, 4, 8, 16 x width channels over four
-    down-samplings. width 64 with in_channels 3 has 31,037,763 parameters, the paper's 31.04 M. Raises
-    ValueError where H or W is not divisible by 16."""
+    """The standard U-Net (Ronneberger et al. 2015): width to 16 x width channels over four down-samplings; 64
+    with in_channels 3 has the paper's 31.04 M parameters. ValueError where 16 does not divide H and W."""
 
     def __init__(self, width: int = 64, in_channels: int = 3) -> None:
         super().__init__(width=int(width), in_channels=int(in_channels))

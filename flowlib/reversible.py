@@ -39,8 +39,7 @@ class _ReversibleChain(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_log_det):
         if torch.is_grad_enabled():
-            advice = "use set_memory(model, 'plain') or 'checkpoint'"
-            raise RuntimeError(f"the memory mode 'reversible' has no second derivatives: {advice}")
+            raise RuntimeError("'reversible' has no second derivatives: use set_memory(model, 'checkpoint')")
         output, *parameters = ctx.saved_tensors
         gradients, signed = {}, -grad_log_det if ctx.inverse else grad_log_det
         parts = [_back_through_linear, _back_through_coupling]

@@ -59,10 +59,9 @@ class UnfoldedPGD(nn.Module):
     def forward(
         self, y: Tensor, operator: LinearOperator | Sequence[LinearOperator], return_folds: bool = False
     ) -> Tensor | tuple[Tensor, list[Fold]]:
-        """Measurements y (B, C, H, W) and the operator that made them -> x_hat (B, C, H, W).
-
-        operator: one for all folds, or a list of K. With return_folds: (x_hat, list of K Fold). Raises
-        ValueError where y does not fit x0, or there are not as many operators as folds."""
+        """Measurements y (B, C, H, W) and the operator that made them, or a list of K -> x_hat (B, C, H, W);
+        with return_folds: (x_hat, list of K Fold). Raises ValueError where y does not fit x0, or there are
+        not as many operators as folds."""
         if y.shape[1:] != self.x0.shape[1:]:
             raise ValueError(f"measurements {tuple(y.shape)} do not fit x0 of shape {tuple(self.x0.shape)}")
         operators = operator if isinstance(operator, (list, tuple)) else [operator] * self.num_folds
