@@ -114,7 +114,6 @@ def _apply(graph, task, x, adjoint=False):
 @torch.no_grad()
 def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
     """Writes the solver of a task, "denoising", "inpainting" or "deblurring", as an ONNX file for one image.
-
     Inputs: y (1, C, H, W); mask (1, 1, H, W) for inpainting, blur (H, H) for deblurring of square images
     (`Blur.matrix`); step_size and shrinkage (K,), so that they can be moved. Outputs: folds (K, C, H, W), the
     images x_k, and latent_norms (K,), ``‖f_k(x̃_k)‖``. Raises ValueError for a solver without flows, or with

@@ -142,11 +142,15 @@ def pixelwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class CouplingNet(nn.Module):
     """NN of the affine coupling: convolutions 3x3, 1x1, 3x3 from in_channels over hidden_channels to
     out_channels; an ActNorm and a ReLU after the first two. The last is multiplied by exp(3 log_scale) and
-    starts at zero: a fresh flow is linear. `compute_dtype` (None: the weights') may be torch.bfloat16."""
+    starts at zero: a fresh flow is linear. divisor (out_channels,): what the outputs are divided by.
+    `compute_dtype` (None: the weights') may be torch.bfloat16."""
 
-    def __init__(self, in_channels: int, hidden_channels: int, out_channels: int) -> None:
+    def __init__(
+        self, in_channels: int, hidden_channels: int, out_channels: int, divisor: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.compute_dtype = None
+        self.register_buffer("divisor", divisor, persistent=False)
         self.conv1 = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
         self.actnorm1 = ActNorm(hidden_channels)
         self.conv2 = nn.Conv2d(hidden_channels, hidden_channels, 1)
@@ -181,10 +185,10 @@ class CouplingNet(nn.Module):
         return h.to(x.dtype).contiguous()  # affine maps are faster channel by channel
 
 
-def fold_nets(nets: list[CouplingNet], divisor: Tensor | None = None) -> list[tuple]:
-    """For each of these nets of one shape, (weight, bias) of its three convolutions, with the ActNorms and
-    the last one's scale folded in. divisor (out_channels,): what the outputs are to be divided by. What is
-    small is folded for all nets at once: with few channels, the number of operations is what costs."""
+def fold_nets(nets: list[CouplingNet]) -> list[tuple]:
+    """For each of these nets of one shape, (weight, bias) of its three convolutions, with the ActNorms, scale
+    and divisor folded in. What is small is folded for all nets at once: with few channels, the number of
+    operations is what costs."""
     dtype = nets[0].compute_dtype or nets[0].log_scale.dtype
     folded = []
     for i in (1, 2, 3):
@@ -196,7 +200,7 @@ def fold_nets(nets: list[CouplingNet], divisor: Tensor | None = None) -> list[tu
             bias = bias + torch.stack([norm.bias for norm in norms])
         else:
             scale = (3 * torch.stack([net.log_scale for net in nets])).exp()
-            scale = scale if divisor is None else scale / divisor
+            scale = scale if nets[0].divisor is None else scale / nets[0].divisor
         weights = (_channels_last(c.weight * s[:, None, None, None], dtype) for c, s in zip(convs, scale))
         folded.append(zip(weights, (bias * scale).to(dtype).unbind()))
     return list(zip(*folded))
@@ -237,14 +241,12 @@ class AffineCoupling(Bijection):
         if scale_bias and scale != "sigmoid":
             raise ValueError(f"scale_bias goes with sigmoid, not with {scale!r}")
         self.scale, self.max_log_scale, self.scale_bias = scale, max_log_scale, scale_bias
-        self.net = CouplingNet(channels // 2, hidden_channels, channels)
         # tanh wants its argument divided by the bound: every other output of the net.
         divisor = torch.tensor([max_log_scale, 1.0]).repeat(channels // 2) if scale == "tanh" else None
-        self.register_buffer("divisor", divisor, persistent=False)
+        self.net = CouplingNet(channels // 2, hidden_channels, channels, divisor)
 
     def log_scale_and_shift(self, x_b: Tensor, convs: tuple | None = None) -> tuple[Tensor, Tensor]:
         """(log s, t), each (B, C/2, H, W), of the half that passes unchanged. convs: the net's, folded."""
-        convs = convs or fold_nets([self.net], self.divisor)[0]
         raw, t = self.net(x_b, convs).unflatten(1, (-1, 2)).unbind(2)
         if self.scale == "tanh":
             return self.max_log_scale * raw.tanh(), t
@@ -313,5 +315,5 @@ def fold(
         inverse_linear = zip(scaled.unbind(), (-bias[:, :, None]).unbind())
     if log_det:
         log_dets = (log_scale.sum(1, dtype=sum_dtype(weight)) + log_abs_det(weight)).unbind()
-    convs = fold_nets([step.coupling.net for step in steps], steps[0].coupling.divisor)
+    convs = fold_nets([step.coupling.net for step in steps])
     return list(map(Folded, linear, inverse_linear, log_dets, convs))

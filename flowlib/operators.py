@@ -10,7 +10,6 @@ from flowlib.layers import as_double
 
 class LinearOperator(nn.Module):
     """Base of all operators: subclasses give `A(x)` and `A_adjoint(y)`, with <A x, y> = <x, A_adjoint y>.
-
     sigma: standard deviation of the measurement noise, on the scale of the image (range 1). `second @ first`
     composes. Raises ValueError for a negative sigma, and for images of integers."""
 
