@@ -228,7 +228,7 @@ class _Run:
         state["history"].append({k: v if math.isfinite(v) else None for k, v in row.items()})
         lines = [state["history"][0], *(row.values() for row in state["history"])]
         text = "".join(",".join("" if v is None else str(v) for v in line) + "\n" for line in lines)
-        write_atomically(self.directory / "log.csv", lambda path: path.write_text(text))
+        write_atomically(self.directory / "log.csv", lambda path: path.write_text(text, encoding="utf-8"))
         return value
 
     def _restart(self, reason):
