@@ -10,7 +10,7 @@ SMOKE = build/smoke
 export RETRAIN
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: book test verify lab clean environment
+.PHONY: book test test-long verify lab clean environment
 
 book: environment
 	$(PYTHON) -m companion book --profile "$(PROFILE)" --dataset "$(DATASET)" --edition "$(EDITION)" \
@@ -28,11 +28,15 @@ test: environment
 	done
 	$(PYTHON) -m pytest --nbval-lax --nbval-current-env $(SMOKE)
 
+# Kills, by the dozen.
+test-long: environment
+	$(PYTHON) -m pytest -m long
+
 verify: environment
 	$(PYTHON) -m companion verify --build "$(BUILD)"
 
 lab: environment
-	$(PYTHON) -m jupyter lab notebooks
+	$(PYTHON) -m jupyterlab notebooks
 
 clean:
 	rm -rf build
@@ -40,11 +44,18 @@ clean:
 # `make PYTHON=/path/to/python ...` uses an environment of your own instead of making .venv.
 ifeq ($(PYTHON),.venv/bin/python)
 environment: .venv/installed
+# Scripts in .venv hold its path: where the project was moved or copied, it is made anew.
+PLACE = $(shell cat .venv/lib/*/site-packages/project.pth 2>/dev/null)
+MOVED = $(if $(PLACE),$(if $(findstring =$(CURDIR)=,=$(PLACE)=),,yes))
+ifneq ($(MOVED),)
+.PHONY: .venv/installed
+endif
 endif
 
 .venv/installed: requirements.txt pyproject.toml
+	$(if $(MOVED),rm -rf .venv)
 	python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
 	@# so that a notebook finds companion and data in whatever folder its kernel starts
-	$(PYTHON) -c "import pathlib, site; pathlib.Path(site.getsitepackages()[0], 'project.pth').write_text('$(CURDIR)')"
+	$(PYTHON) -c "import pathlib, site; pathlib.Path(site.getsitepackages()[0], 'project.pth').write_text(str(pathlib.Path.cwd()))"
 	touch $@

@@ -44,8 +44,10 @@ CODE = sorted(
 )
 RECORDED = sorted(str(path) for path in Path("results").rglob("*") if path.suffix in (".csv", ".json"))
 
-# The Python that runs Snakemake; by its name alone, so that an environment that was moved still works.
-PYTHON = shlex.quote(sys.executable)
+# The Python that runs Snakemake; like BUILD without the project's own path, so that nothing is made again
+# where the project was moved.
+INSIDE = Path(sys.executable).is_relative_to(workflow.basedir)
+PYTHON = shlex.quote(os.path.relpath(sys.executable, workflow.basedir) if INSIDE else sys.executable)
 
 
 wildcard_constraints:
@@ -74,7 +76,7 @@ IMAGES = [f"{BUILD}/data/{name}/manifest.json" for name in (DATASET, OOD) if nam
 
 def parameters(page):
     """papermill's arguments for a page, for a shell."""
-    choice = {"profile": PROFILE, "dataset": DATASET, "edition": EDITION, "build": str(EXPERIMENT.build)}
+    choice = {"profile": PROFILE, "dataset": DATASET, "edition": EDITION, "build": BUILD}
     words = [word for key, value in choice.items() for word in ("-r", key, value)]  # -r: as text, whatever it looks like
     words += ["-p", "seed", SEED]
     for key, value in PAGES[page].parameters.items():
@@ -177,7 +179,8 @@ rule onnxruntime_web:
         f" && if (cd {BUILD}/npm && npm ci --ignore-scripts --no-audit --no-fund > npm.log 2>&1); then"
         f"     cp {BUILD}/npm/node_modules/onnxruntime-web/dist/{{{{ort.wasm.min.mjs,ort-wasm-simd-threaded.mjs,"
         "ort-wasm-simd-threaded.wasm}} {output};"
-        "    else echo 'npm is missing or failed: the explorer page will show its precomputed grids only'; fi"
+        f"    else echo 'npm is missing or failed (see {BUILD}/npm/npm.log): the explorer page will show its precomputed"
+        " grids only; the next build tries again'; fi"
         f" && rm -rf {BUILD}/npm/node_modules"
 
 

@@ -30,7 +30,7 @@ def main():
     parser.add_argument("--build", default="build")
     args = parser.parse_args()
     path = RESULTS / "benchmarks" / "learning_rates.json"
-    kept = json.loads(path.read_text())["rows"] if args.only and path.exists() else []
+    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if args.only and path.exists() else []
     rows = [row for row in kept if row["method"] != args.only]
     experiment = Experiment("cpu", args.dataset, args.edition, build=args.build)
     for method, rates in RATES.items():

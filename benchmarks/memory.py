@@ -24,7 +24,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 
 def resident_set(key):
     """VmRSS (now) or VmHWM (peak since it was last reset) of this process, in MB."""
-    with open("/proc/self/status") as f:
+    with open("/proc/self/status", encoding="utf-8") as f:
         return next(int(line.split()[1]) for line in f if line.startswith(key)) * 1024 / 1e6
 
 
@@ -40,7 +40,7 @@ def peak_of_a_step(config, mode, bf16):
     for _ in range(3):
         glow.zero_grad(set_to_none=True)
         before = resident_set("VmRSS")
-        with open("/proc/self/clear_refs", "w") as f:
+        with open("/proc/self/clear_refs", "w", encoding="utf-8") as f:
             f.write("5")  # resets the peak
         glow.bits_per_dim(x).mean().backward()
         gradients = sum(p.grad.numel() * p.grad.element_size() for p in glow.parameters()) / 1e6

@@ -1,6 +1,7 @@
 """Runs Snakemake on the project's Snakefile, one build of a folder at a time."""
 
 import fcntl
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ def build_book(build: str, **choice) -> int:
     write_json(folder / "config.json", settings)
     snakemake = [sys.executable, "-m", "snakemake", "--cores", "all", "--rerun-incomplete"]
     snakemake += ["--configfile", str(folder / "config.json")]
-    with open(folder / "lock", "w") as lock:
+    with open(folder / "lock", "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -26,5 +27,8 @@ def build_book(build: str, **choice) -> int:
                 f"another build of {folder} is running: wait for it, or choose another BUILD", file=sys.stderr
             )
             return 2
+        if shutil.which("npm") and not list((folder / "ort").glob("*.mjs")):
+            # npm failed, perhaps without a network: try again
+            shutil.rmtree(folder / "ort", ignore_errors=True)
         subprocess.run([*snakemake, "--unlock", "--quiet"], cwd=ROOT, stderr=subprocess.DEVNULL)
         return subprocess.run(snakemake, cwd=ROOT).returncode

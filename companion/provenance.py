@@ -26,11 +26,13 @@ def provenance():
 
 def _commit():
     def git(*args):
-        return subprocess.run(
-            ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+        return done.stdout.strip()
 
     try:
+        # An unpacked archive may lie inside another project's repository.
+        if Path(git("rev-parse", "--show-toplevel")) != ROOT:
+            return os.environ.get("GIT_COMMIT", "unknown")
         return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("GIT_COMMIT", "unknown")
@@ -44,7 +46,7 @@ def _hardware():
     if cpuinfo.exists():
         names = [
             line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text().splitlines()
+            for line in cpuinfo.read_text(encoding="utf-8").splitlines()
             if line.startswith("model name")
         ]
         model = names[0] if names else model

@@ -57,7 +57,7 @@ def work(experiment: Experiment, run: Run):
     """Makes and publishes one run, in a process of its own, unless somebody else is at it."""
     place = experiment.directory(run)
     place.mkdir(parents=True, exist_ok=True)
-    with open(place / "queue.lock", "w") as lock, open(place / "output.log", "a") as log:
+    with open(place / "queue.lock", "wb") as lock, open(place / "output.log", "ab") as log:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

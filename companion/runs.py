@@ -74,7 +74,7 @@ def kept_place(experiment: Experiment, run: Run) -> tuple[Path, Path]:
 def _locked(path) -> Iterator[None]:
     """Waits for its turn; the kernel frees the lock of a process that was killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
+    with open(path, "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -146,23 +146,28 @@ def publish(experiment: Experiment, run: Run, ship: bool = False) -> Path:
         )
     record_path, kept = kept_place(experiment, run)
     record.pop("kept", None)
-    records.write(record_path, record)
-    if ship:
-        _ship(experiment, run, record, kept)
+    small = kept.with_name(f".{kept.name}.new")
+    try:
+        if ship:
+            _ship(experiment, run, record, small)
+        records.write(record_path, record)
+        if ship:  # last, as it needs no space: a full disk leaves the old record with its own model
+            os.replace(small, kept)
+    finally:
+        small.unlink(missing_ok=True)
     return record_path
 
 
-def _ship(experiment, run, record, kept):
-    """Keeps the model in the fewest bits that cost at most 0.02 dB on the test images."""
+def _ship(experiment, run, record, path):
+    """Writes the model to path, in the fewest bits that cost at most 0.02 dB on the test images."""
     for bits in (6, 7, 8):
-        start = _kept_start(experiment, run)
-        pack(model_path(experiment, run), kept, start, bits, settings=run.as_dict())
+        pack(model_path(experiment, run), path, _kept_start(experiment, run), bits, settings=run.as_dict())
         if run.kind == "flow":
             return
-        cost = record["psnr"]["mean"] - records.mean_psnr(experiment, run, kept_model(experiment, run))
+        cost = record["psnr"]["mean"] - records.mean_psnr(experiment, run, kept_model(experiment, run, path))
         if cost <= 0.02:
             return
-    print(f"{kept} costs {cost:.3f} dB: verify will say so")
+    print(f"the kept {run.name} costs {cost:.3f} dB: verify will say so")
 
 
 def _kept_start(experiment, run):
@@ -187,8 +192,9 @@ def kept_experiments() -> Iterator[dict]:
         yield json.loads((RESULTS / "runs" / place).read_text(encoding="utf-8"))
 
 
-def kept_model(experiment: Experiment, run: Run):
-    """The model of a run that is kept with the code: a Glow, or an UnfoldedPGD."""
+def kept_model(experiment: Experiment, run: Run, path: Path | None = None):
+    """The model of a run that is kept with the code (or at path): a Glow, or an UnfoldedPGD."""
+    path = path or kept_place(experiment, run)[1]
     with tempfile.TemporaryDirectory() as folder:
-        unpack(kept_place(experiment, run)[1], Path(folder) / "model", _kept_start(experiment, run))
+        unpack(path, Path(folder) / "model", _kept_start(experiment, run))
         return load_checkpoint(Path(folder) / "model").requires_grad_(False)

@@ -1,6 +1,7 @@
 """Models kept with the code, small: a flow in half precision; of a solver integers of a few bits with one
 scale a row, counted, where it started from a flow, from that flow as it is kept."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +35,19 @@ def pack(model: Path, kept: Path, start: Path | None = None, bits: int = 8, **in
 def unpack(kept: Path, model: Path, start: Path | None = None):
     """Writes the checkpoint that pack made small. ValueError where the flow that it needs is not given."""
     tensors, header = load_tensors(kept)
-    if header["kind"] != "packed":
+    if header.get("kind") != "packed":
         return save_tensors(
             model, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, header
         )
     if header["started"] and start is None:
         raise ValueError(f"{kept} holds differences to a flow: give that flow, as it is kept")
     of_start = _tensors_of(start)
-    for name, shape in header["shapes"].items():
-        difference = _unpack(tensors.pop(f"{name}:scale"), tensors.pop(f"{name}:bits"), header["bits"], shape)
-        tensors[name] = difference + _at_start(name, of_start)
+    try:
+        for name, shape in header["shapes"].items():
+            packed = tensors.pop(f"{name}:scale"), tensors.pop(f"{name}:bits")
+            tensors[name] = _unpack(*packed, header["bits"], shape) + _at_start(name, of_start)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{kept} is damaged ({error!r}): fetch it again") from error
     save_tensors(model, tensors, header["model"])
 
 
@@ -67,7 +71,9 @@ def _pack(value: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _unpack(scale: Tensor, packed: Tensor, bits: int, shape: list[int]) -> Tensor:
-    count = int(np.prod(shape))
+    count = math.prod(shape)
+    if not 0 <= count * bits <= 8 * packed.numel():  # before memory is taken for it
+        raise ValueError(f"{count} numbers of {bits} bits are not in {packed.numel()} bytes")
     columns = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
     whole = torch.from_numpy(columns @ (2 ** np.arange(bits)[::-1])).float() - (2 ** (bits - 1) - 1)
     return (whole.reshape(len(scale), -1) * scale[:, None]).reshape(shape)

@@ -1,12 +1,14 @@
 """From a folder or zip of images to one packed array on disk, and back as an `ImageSet`."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import re
 import shlex
+import shutil
 import tempfile
 import warnings
 import zipfile
@@ -16,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from .synthetic import draw_faces
@@ -70,14 +72,14 @@ def prepare(source, out, crop="square", size=64, name=None):
                 yield decode(data, f"{member} in {source}", crop, size)[None]
 
         manifest = {
-            "name": name or source.stem,
-            "source": source.name,
+            "name": name or _readable(source.stem),
+            "source": _readable(source.name),
             "source_sha256": None,
             "crop": crop,
             "size": size,
             "resample": "Lanczos (PIL, antialiased)",
-            "first_file": names[0],
-            "last_file": names[-1],
+            "first_file": _readable(names[0]),
+            "last_file": _readable(names[-1]),
         }
 
         def finish():
@@ -87,6 +89,11 @@ def prepare(source, out, crop="square", size=64, name=None):
                 return manifest | {"source_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
         return _pack(out, images(), len(names), size, finish)
+
+
+def _readable(name):
+    """A file's name with a mark for each byte that is not UTF-8, which a notebook cannot show."""
+    return name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
 
 
 def prepare_synthetic(out, num_images, style="natural", seed=0, size=64):
@@ -155,8 +162,8 @@ def prepare_into(source, folder, name=None, crop="square", num_images=None):
     name = name or (
         source if source in NAMED else path.stem if path.suffix.lower() == ".zip" else path.resolve().name
     )
-    if name != Path(name).name or name in ("", ".", ".."):
-        raise ValueError(f"{name!r} is no name for a data set: choose one without slashes")
+    if name != Path(name).name or name in ("", ".", "..") or _readable(name) != name:
+        raise ValueError(f"{name!r} is no name for a data set: choose one without slashes, in UTF-8 (--name)")
     if source in NAMED:
         return prepare_named(source, Path(folder) / name, num_images)
     return prepare(path, Path(folder) / name, crop, name=name)
@@ -171,27 +178,36 @@ def load(out):
             raise FileNotFoundError(f"{path} does not exist; {again} NAME")
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        name, num_images, size = manifest["name"], manifest["num_images"], manifest["size"]
+        name, num_images, size = str(manifest["name"]), manifest["num_images"], manifest["size"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{manifest_path} is not a manifest of flowlib ({error!r}); {again} NAME") from error
     again += f" {shlex.quote(name)}"
     try:
         images = np.load(images_path, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # damaged headers raise anything
         raise ValueError(f"{images_path} is truncated or no .npy file ({error}); {again}") from error
     if images.shape != (num_images, size, size, 3) or images.dtype != np.uint8:
         raise ValueError(
             f"{images_path} holds {images.dtype} {images.shape} where {MANIFEST} says "
             f"uint8 {(num_images, size, size, 3)}; {again}"
         )
+    written = images_path.stat()
+    if _pixels_sha256(images_path, written.st_mtime_ns, written.st_size) != manifest.get("pixels_sha256"):
+        raise ValueError(f"{images_path} is damaged: its pixels do not fit the hash in {MANIFEST}; {again}")
     return ImageSet(name, images, manifest)
+
+
+@functools.cache
+def _pixels_sha256(images_path, *written):
+    """Of the pixels of a packed set. Read once a command, unless the file is written again."""
+    return hashlib.sha256(np.ascontiguousarray(np.load(images_path, mmap_mode="r"))).hexdigest()
 
 
 @contextlib.contextmanager
 def _open_source(source):
     """Yield (sorted image names, function from a name to its bytes) of a folder or zip."""
     if source.is_dir():
-        yield _image_names(_files(source), source), lambda name: (source / name).read_bytes()
+        yield _image_names(_files(source), source), lambda name: _read_file(source / name)
         return
     if not source.is_file() or not zipfile.is_zipfile(source):
         raise ValueError(f"{source} is neither a folder nor a zip file (a broken download?): fetch it again")
@@ -247,6 +263,17 @@ def _image_names(names, source):
     return sorted(str(p) for p in shown if p.suffix.lower() in SUFFIXES)
 
 
+def _read_file(path):
+    if not path.is_file():  # reading a pipe would never end
+        raise ValueError(f"{path} is no file (a broken link, or a pipe): remove it")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {path} ({error.strerror}): correct its rights, or move it away"
+        ) from error
+
+
 def _read_member(archive, member, source):
     if member.file_size > LARGEST:
         raise ValueError(
@@ -278,6 +305,8 @@ def decode(data, where, crop="square", size=64):
             return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, box=box))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{where} is too large to decode safely ({error}): shrink or remove it") from error
+    except UnidentifiedImageError as error:  # whose message is about the buffer
+        raise ValueError(f"{where} is not a readable image (unknown format): replace or remove it") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
         raise ValueError(f"{where} is not a readable image ({error}): replace or remove it") from error
 
@@ -289,12 +318,26 @@ def _crop_box(width, height, crop):
     return left, top, left + side, top + side
 
 
+def _is_running(pid):
+    """Whether a process lives, where it can be asked."""
+    try:
+        os.name == "posix" and os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
 def _pack(out, chunks, num_images, size, finish):
     """Stream uint8 (n, size, size, 3) chunks into `out`; the manifest comes last and marks it complete."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob(".preparing-*"):
+        if not _is_running(left.name.split("-")[1]):
+            shutil.rmtree(left, ignore_errors=True)
     pixels = hashlib.sha256()
-    with tempfile.TemporaryDirectory(dir=out, prefix=".preparing-") as temporary:
+    with tempfile.TemporaryDirectory(dir=out, prefix=f".preparing-{os.getpid()}-") as temporary:
         images_path, manifest_path = Path(temporary) / IMAGES, Path(temporary) / MANIFEST
         with open(images_path, "wb") as file, tqdm(total=num_images, unit="image", desc=str(out)) as bar:
             # Plain writes rather than a memory map: a full disk is then an error, not a crash.

@@ -1,15 +1,19 @@
 """Checkpoints: one safetensors file, with all that is no tensor as JSON in its header."""
 
 import functools
+import hashlib
 import importlib
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from flowlib.files import write_atomically
 from flowlib.glow import Glow
@@ -24,7 +28,18 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str,
         value = value.detach().cpu().contiguous()
         found[key] = value.clone() if value.data_ptr() in seen else value  # safetensors has no shared memory
         seen.add(value.data_ptr())
-    write_atomically(path, lambda p: save_file(found, p, metadata={"flowlib": json.dumps(header)}))
+    text = json.dumps(header)
+    about = {"flowlib": text, "sha256": _digest(text, found)}
+    write_atomically(path, lambda p: save_file(found, p, metadata=about))
+
+
+def _digest(text, tensors):
+    digest = hashlib.sha256(text.encode())
+    for key, value in sorted(tensors.items()):
+        digest.update(f"\0{key}\0{value.dtype}\0{list(value.shape)}\0".encode())
+        flat = value.reshape(-1).clone(memory_format=torch.contiguous_format)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -33,12 +48,18 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"no checkpoint at {path}: train it first, or correct the path")
     try:
         with safe_open(path, "pt") as f:
-            header, tensors = (f.metadata() or {}).get("flowlib"), {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as error:
+            about, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except Exception as error:  # the library raises more than its own kind
         raise ValueError(f"{path} is no safetensors file, or is truncated ({error})") from error
-    if header is None:
+    text = about.get("flowlib")
+    if text is None:
         raise ValueError(f"{path} was not written by flowlib (its header has no 'flowlib' entry)")
-    return tensors, json.loads(header)
+    if "sha256" in about and about["sha256"] != _digest(text, tensors):  # older files have none
+        raise ValueError(f"{path} is damaged (its contents do not fit their hash): make or fetch it again")
+    try:
+        return tensors, dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged (its header is no JSON mapping: {error})") from error
 
 
 def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -91,7 +112,8 @@ def _build(fold):
         raise ValueError(f"needs `from {module} import {qualified}`, which failed: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "from_config")):
         raise ValueError(f"{name} is no prox: see flowlib.prox.Prox")
-    return cls.from_config(fold["config"])
+    with torch.device("cpu") if name not in PROXES else nullcontext():  # not every class can be a draft
+        return cls.from_config(fold["config"])
 
 
 def load_checkpoint(path: str | Path) -> Glow | UnfoldedPGD:
@@ -99,33 +121,64 @@ def load_checkpoint(path: str | Path) -> Glow | UnfoldedPGD:
     A prox class of one's own is imported. Raises FileNotFoundError; ValueError for a class that cannot be
     imported and for a foreign, truncated or inconsistent file, naming the first key that does not fit."""
     tensors, header = load_tensors(path)
-    if header.get("kind") == "Glow":
-        model = Glow(**header["config"])
-    elif header.get("kind") == "UnfoldedPGD":
-        proxes = []
-        # Before there were unequal folds, one description served all.
-        for k, fold in enumerate(header.get("folds") or [header] * header["num_folds"]):
-            first = fold.get("same_as", k)
-            proxes.append(_build(fold) if first == k else proxes[first])
-            for key, value in part_of(tensors, f"proxes.{first}.").items():
-                tensors[f"proxes.{k}.{key}"] = value
-        x0 = torch.zeros(1, *header["image_shape"])
-        model = UnfoldedPGD(proxes, x0, literal_last_fold=header["literal_last_fold"])
-    else:
+    if header.get("kind") not in ("Glow", "UnfoldedPGD"):
         kind = header.get("kind", "a training state")
         raise ValueError(f"{path} holds no model but {kind!r}: give a model.safetensors")
+    return build_to_fit(lambda: _model(header, tensors), tensors, path)
+
+
+def _model(header, tensors):
+    if header["kind"] == "Glow":
+        return Glow(**header["config"])
+    proxes = []
+    # Before there were unequal folds, one description served all.
+    for k, fold in enumerate(header.get("folds") or [header] * len(tensors["step_size"])):
+        first = fold.get("same_as", k)
+        proxes.append(_build(fold) if first == k else proxes[first])
+        for key, value in part_of(tensors, f"proxes.{first}.").items():
+            tensors[f"proxes.{k}.{key}"] = value
+    x0 = torch.zeros(1, *header["image_shape"])
+    return UnfoldedPGD(proxes, x0, literal_last_fold=header["literal_last_fold"])
+
+
+def build_to_fit(build: Callable[[], nn.Module], tensors: dict[str, Tensor], path: str | Path) -> nn.Module:
+    """build() with these weights, in evaluation mode, in float64 where they are. ValueError, before memory is
+    taken for what a file only claims, where it cannot be built or they do not fit."""
+    left = 2 * sum(value.numel() for value in tensors.values())  # so that a missing tensor is named, below
+
+    def count(module, name, parameter):
+        nonlocal left
+        left -= parameter.numel()
+        if left < 0:
+            raise ValueError("many more weights than it holds")
+
+    counting = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            draft = build()
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes no model that can be built: {error!r}") from error
+    finally:
+        counting.remove()
+    check_state(draft, tensors, path)
+    model = build()
     if any(v.dtype == torch.float64 for v in tensors.values()):
         model.double()
-    load_state(model, tensors, path)
+    model.load_state_dict(tensors)
     return model.eval()
 
 
 def load_state(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     """model.load_state_dict, with a ValueError that names path and the first key that does not fit."""
+    check_state(model, tensors, path)
+    model.load_state_dict(tensors)
+
+
+def check_state(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """ValueError that names path and the first key that does not fit the model."""
     own, given = ({k: tuple(v.shape) for k, v in found.items()} for found in (model.state_dict(), tensors))
     for key in own | given:
         if own.get(key) != given.get(key):
             wrong = f"has shape {given.get(key)}, not {own.get(key)}" if key in given else "is missing"
             what = wrong if key in own else "is not part of it"
             raise ValueError(f"{path} does not fit the model: {key} {what}")
-    model.load_state_dict(tensors)

@@ -108,7 +108,10 @@ def _apply(graph, task, x, adjoint=False):
         transposed = graph("Transpose", "blur", perm=[1, 0])
         left, right = (transposed, "blur") if adjoint else ("blur", transposed)
         return graph("MatMul", graph("MatMul", left, x), right)
-    return graph("Mul", "mask", x) if task == "inpainting" else x
+    if task == "denoising":
+        return x
+    measured = graph("Cast", "mask", to=TensorProto.BOOL)
+    return graph("Where", measured, x, graph.constant(np.float32(0)))  # 0 * NaN would be NaN
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Files that are whole or absent: each is written to a temporary name, then renamed."""
 
+import glob
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,24 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Calls write(temporary_path), then renames it to path, whose folder is made where it is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in _left_behind(path):
+        left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _left_behind(path):
+    """What killed processes wrote of it."""
+    if os.name != "posix":  # elsewhere a process cannot be asked whether it lives
+        return
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        try:
+            os.kill(int(left.name.split(".")[-2]), 0)
+        except (ProcessLookupError, ValueError):
+            yield left
+        except PermissionError:  # another user's
+            pass

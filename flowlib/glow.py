@@ -64,6 +64,8 @@ class Glow(nn.Module):
         # As JSON has it: NumPy's numbers as Python's, tuples as lists.
         self.config = json.loads(json.dumps(arguments, default=lambda value: value.tolist()))
         channels, num_levels, num_steps, _, last_level_steps, *_ = self.config.values()
+        if not 1 <= num_levels <= 16:
+            raise ValueError(f"num_levels is {num_levels}: each halves the image, choose from 1 to 16")
         self.memory = "plain"
 
         def each(name):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowlib.checkpoints import load_state
+from flowlib.checkpoints import build_to_fit
 from flowlib.glow import Glow
 
 _NAMES = {"logs": "log_scale", "b": "bias", "W": "weight"}  # there -> here; all others are the same
@@ -34,14 +35,21 @@ def load_glowip(
         beside = source.with_name("configs.json")
         config = beside if config is None and beside.is_file() else config
         try:
+            damaged = zipfile.is_zipfile(source) and zipfile.ZipFile(source).testzip()
+            if damaged:  # torch.load does not check it
+                raise ValueError(f"{damaged} does not fit its checksum")
             state = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(f"{source} is truncated, or no PyTorch state dict ({error})") from error
+            what = f"is truncated or damaged, or no PyTorch state dict ({error})"
+            raise ValueError(f"{source} {what}") from error
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{source} holds no state dict but a {type(state).__name__}")
     options = config or {}
     if not isinstance(options, Mapping):
-        options = json.loads(Path(options).read_text(encoding="utf-8"))
+        try:
+            options = dict(json.loads(Path(config).read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{config} is no JSON of GlowIP's options ({error})") from error
     if options.get("coupling", "affine") != "affine":
         raise ValueError(f"only affine couplings can be loaded, not {options['coupling']!r}")
 
@@ -64,7 +72,7 @@ def load_glowip(
     if channels not in renamed or hidden not in renamed:
         raise ValueError(f"{source} is no whole GlowIP flow: its first step lacks a weight")
     but_last = len(num_steps) - 1
-    glow = Glow(
+    arguments = dict(
         in_channels=len(renamed[channels]) // 4,
         num_levels=len(num_steps),
         num_steps=num_steps,
@@ -73,6 +81,6 @@ def load_glowip(
         scale_bias=[options.get("coupling_bias", 0.0)] * but_last + [float(options.get("last_zeros", False))],
         contiguous_squeeze=[bool(options.get("squeeze_contig", False))] * but_last + [False],
     )
-    initialized = {k: torch.tensor(True) for k in glow.state_dict() if k.endswith("initialized")}
-    load_state(glow, renamed | initialized, source)
-    return glow.eval()
+    scales = [k for k in renamed if "actnorm" in k and k.endswith("log_scale")]
+    renamed |= {k.replace("log_scale", "initialized"): torch.tensor(True) for k in scales}
+    return build_to_fit(lambda: Glow(**arguments), renamed, source)

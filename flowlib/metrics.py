@@ -3,19 +3,20 @@
 import torch
 from torch import Tensor
 
+from flowlib.images import floating
 from flowlib.layers import as_double, sum_dtype
 
 
 def psnr(x_hat: Tensor, x: Tensor, peak: float = 1.0) -> Tensor:
     """Peak signal-to-noise ratio 10 log10(peak² / MSE) of each image, in dB, unclipped: (B, C, H, W) twice ->
-    (B,). The mean is taken in float32 at least. Raises ValueError where the shapes differ."""
+    (B,). The mean is taken in float32 at least. ValueError where the shapes differ, or for integers."""
     _check(x_hat, x)
     return 10 * torch.log10(peak**2 / (x_hat - x).to(sum_dtype(x)).square().mean(dim=(1, 2, 3)))
 
 
 def ssim(x_hat: Tensor, x: Tensor, peak: float = 1.0) -> Tensor:
     """Structural similarity of each image (scikit-image, Gaussian window as Wang et al. 2004), of values in a
-    range of peak: (B, C, H, W) twice -> (B,). Raises ValueError where the shapes differ."""
+    range of peak: (B, C, H, W) twice -> (B,). Raises ValueError where the shapes differ, or for integers."""
     from skimage.metrics import structural_similarity  # here, as nothing else needs scikit-image
 
     _check(x_hat, x)
@@ -25,5 +26,5 @@ def ssim(x_hat: Tensor, x: Tensor, peak: float = 1.0) -> Tensor:
 
 
 def _check(x_hat, x):
-    if x_hat.shape != x.shape or x.ndim != 4:
+    if floating(x_hat).shape != floating(x).shape or x.ndim != 4:
         raise ValueError(f"expected two (B, C, H, W) of one shape, got {(*x_hat.shape,)} and {(*x.shape,)}")

@@ -98,7 +98,7 @@ class Inpainting(LinearOperator):
         fits = missing >= 0 and all(m in (1, n) for m, n in zip(self.mask.shape, x.shape[missing:]))
         if not fits or x.shape[-2:] != self.mask.shape[-2:]:
             raise ValueError(f"images {tuple(x.shape)} do not fit the mask {tuple(self.mask.shape)}")
-        return floating(x) * self.mask.to(x.dtype)
+        return torch.where(self.mask.bool(), floating(x), 0.0)  # 0 * NaN would be NaN
 
     def A_adjoint(self, y: Tensor) -> Tensor:
         return self.A(y)

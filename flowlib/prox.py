@@ -44,7 +44,9 @@ class GlowProx(Prox):
     def from_config(cls, config: dict[str, Any]) -> "GlowProx":
         return cls(Glow(**config))
 
-    def forward(self, x: Tensor, shrinkage: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shrinkage: Tensor | float) -> Tensor:
+        if isinstance(shrinkage, (int, float)) and not shrinkage > -1:
+            raise ValueError(f"shrinkage must be > -1, as latents are divided by 1 + shrinkage: {shrinkage}")
         folded = self.glow.fold(log_det=False)
         latents, _ = self.glow(x, folded, log_det=False)
         return self.glow.inverse([z / (1 + shrinkage) for z in latents], folded, log_det=False)[0]

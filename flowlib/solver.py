@@ -43,6 +43,8 @@ class UnfoldedPGD(nn.Module):
         self.proxes, num_folds = nn.ModuleList(proxes), len(proxes)
         if not num_folds:
             raise ValueError("a solver needs one prox for each of its folds, at least one")
+        if not bool((torch.as_tensor(shrinkage, device="cpu") > -1).all()):
+            raise ValueError(f"shrinkage must be > -1, as latents are divided by 1 + shrinkage: {shrinkage}")
         self.literal_last_fold = literal_last_fold
         self.register_buffer("x0", x0.detach().clone())
         self.step_size = nn.Parameter(torch.as_tensor(step_size, dtype=x0.dtype).expand(num_folds).clone())
@@ -64,6 +66,10 @@ class UnfoldedPGD(nn.Module):
         not as many operators as folds."""
         if y.shape[1:] != self.x0.shape[1:]:
             raise ValueError(f"measurements {tuple(y.shape)} do not fit x0 of shape {tuple(self.x0.shape)}")
+        dtype = self.x0.dtype
+        if not y.is_floating_point() or torch.promote_types(y.dtype, dtype) != dtype:
+            types = f"{y.dtype} do not fit a solver of {dtype}"
+            raise ValueError(f"measurements of {types}: see flowlib.images.to_tensor, or y.to({dtype})")
         operators = operator if isinstance(operator, (list, tuple)) else [operator] * self.num_folds
         x, folds = self.x0.expand(len(y), -1, -1, -1), []
         for prox, mu, lam, op in zip(self.proxes, self.step_size, self.shrinkage, operators, strict=True):

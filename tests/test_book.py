@@ -125,7 +125,7 @@ def test_table_cells_are_filled(html, pages):
 
 def test_build_page_says_what_was_run(smoke_book, html):
     page = (html / "book/build.html").read_text()
-    with open(smoke_book / "tables/provenance.csv", newline="") as file:
+    with open(smoke_book / "tables/provenance.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert "smoke" in {row["Profile"] for row in rows}
     for row in rows:

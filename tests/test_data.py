@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -449,3 +450,57 @@ def test_sources_that_cannot_be_read(tmp_path):
             member.write(bytes(2**20))
     with pytest.raises(ValueError, match="unpacks to 257 MB"):
         data.prepare(bomb, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "broken link", "folder"])
+def test_what_is_no_file_in_a_folder_is_named(tmp_path, kind):
+    folder = write_images(tmp_path / "faces")
+    if kind == "pipe":
+        os.mkfifo(folder / "z.png")
+    elif kind == "broken link":
+        (folder / "z.png").symlink_to(tmp_path / "nowhere")
+    else:
+        (folder / "z.png").mkdir()  # whatever it is called, a folder
+        assert len(data.load(data.prepare(folder, tmp_path / "out", size=8))) == 3
+        return
+    with pytest.raises(ValueError, match=r"z\.png is no file \(a broken link, or a pipe\): remove it"):
+        data.prepare(folder, tmp_path / "out", size=8)
+    assert files_in(tmp_path / "out") == []
+
+
+def test_what_a_killed_preparation_left_is_cleaned(tmp_path):
+    out = tmp_path / "out"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for name in (f".preparing-{gone.pid}-abc", ".preparing-abc", f".preparing-{os.getppid()}-abc"):
+        (out / name).mkdir(parents=True)
+        (out / name / "images.npy").write_bytes(bytes(100))
+    data.prepare_synthetic(out, 2, size=16)
+    # Of one that still runs, nothing is taken away.
+    assert files_in(out) == [f".preparing-{os.getppid()}-abc", "images.npy", "manifest.json"]
+
+
+def test_names_can_be_shown(tmp_path):
+    """Not UTF-8: marked in the manifest; refused as the name of a set, where they would break each page."""
+    source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    write_images(source)
+    (source / "000.png").rename(Path(os.fsdecode(os.fsencode(source) + b"/\xe9.png")))
+    manifest = data.load(data.prepare(source, tmp_path / "out", size=8)).manifest
+    assert manifest["name"] == manifest["source"] == "caf\ufffd" and manifest["last_file"] == "\ufffd.png"
+    with pytest.raises(ValueError, match="is no name for a data set.*in UTF-8"):
+        data.prepare_into(str(source), tmp_path / "data")
+    assert data.prepare_into(str(source), tmp_path / "data", name="café").name == "café"
+    with zipfile.ZipFile(tmp_path / "old.zip", "w") as archive:  # as old tools write it: no mark of UTF-8
+        archive.writestr("caf_.png", png())
+    content = (tmp_path / "old.zip").read_bytes().replace(b"caf_", b"caf\xe9")
+    (tmp_path / "old.zip").write_bytes(content)
+    assert len(data.load(data.prepare(tmp_path / "old.zip", tmp_path / "out", size=8))) == 1
+
+
+def test_replaced_pixels_are_noticed(tmp_path):
+    out = packed(tmp_path)
+    images = np.load(out / "images.npy")
+    images[1, 2, 3, 0] ^= 1
+    np.save(out / "images.npy", images)
+    with pytest.raises(ValueError, match=r"images\.npy is damaged: .* prepare it again"):
+        data.load(out)

@@ -291,7 +291,7 @@ def test_live_notebook_in_jupyterlab(browser, smoke_book):
         f"--notebook-dir={ROOT}",
     ]
     options += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    with open(EXPERIMENT.build / "logs/lab.log", "w") as log:
+    with open(EXPERIMENT.build / "logs/lab.log", "w", encoding="utf-8") as log:
         lab = subprocess.Popen(
             [sys.executable, "-m", "jupyter", "lab", *options], stdout=log, stderr=log, cwd=ROOT
         )
@@ -315,6 +315,18 @@ def test_live_notebook_in_jupyterlab(browser, smoke_book):
         for _ in range(20):
             page.keyboard.press("ArrowRight")
         page.wait_for_function("(old) => !document.body.innerText.includes(old)", arg=before, timeout=30_000)
+        # A photo of more than 10 MB, twice: Jupyter would close the connection at such a message.
+        noise = np.random.default_rng(0).integers(0, 256, (2400, 2400, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, "png")
+        photo = {"name": "noise.png", "mimeType": "image/png", "buffer": file.getvalue()}
+        number = page.get_by_label("test image")
+        for _ in range(2):
+            page.get_by_label("Own image").set_input_files(photo)
+            page.wait_for_function("(box) => box.value === '0'", arg=number.element_handle(), timeout=60_000)
+            number.fill("1")
+            number.press("Enter")
+            page.wait_for_function("(box) => box.value === '1'", arg=number.element_handle(), timeout=60_000)
         page.wait_for_function(  # the grid, through anywidget
             "document.querySelector('.flow-explorer .panels strong')?.textContent.includes('dB')",
             timeout=60_000,

@@ -91,3 +91,11 @@ def test_masks_of_all_images_or_of_each(shape):
 
 def test_sizes_from_numpy():
     assert torch.equal(Inpainting(np.int64(3), np.int64(8)).mask, Inpainting(3, (8, 8)).mask)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_blocked_pixels_hold_does_not_count(value):
+    operator, x = Inpainting(3, 8), torch.rand(2, 3, 8, 8)
+    broken = torch.where(operator.mask.bool(), x, value)
+    assert torch.equal(operator.A(broken), operator.A(x))
+    assert torch.equal(operator.A_adjoint(broken), operator.A_adjoint(x))

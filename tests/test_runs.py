@@ -171,6 +171,32 @@ def test_an_unfinished_run_is_not_published(smoke):
         main(["publish", "--profile", "smoke", "--build", str(smoke.build), "--ship", "inpainting"])
 
 
+def test_a_full_disk_leaves_what_was_published(smoke, results, monkeypatch):
+    """The record and the model are of one run: both old, or both new."""
+    run = smoke.solver("denoising", "resnet")
+    runs.ensure(smoke, run)
+    runs.publish(smoke, run, ship=True)
+    record_path, kept = runs.kept_place(smoke, run)
+    record = json.loads(record_path.read_text())
+    record_path.write_text(json.dumps(record | {"name": "old"}))
+    kept.write_bytes(b"old")
+    before = sorted(results.rglob("*"))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for module, name in ((runs.records, "write"), (runs, "pack")):
+        with monkeypatch.context() as inner:
+            inner.setattr(module, name, full)
+            with pytest.raises(OSError, match="No space left"):
+                runs.publish(smoke, run, ship=True)
+        assert json.loads(record_path.read_text())["name"] == "old" and kept.read_bytes() == b"old"
+        assert sorted(results.rglob("*")) == before
+    runs.publish(smoke, run, ship=True)
+    assert json.loads(record_path.read_text()) == record
+    assert runs.kept_model(smoke, run) and sorted(results.rglob("*")) == before
+
+
 def test_a_kill_while_evaluating_does_not_throw_the_training_away(smoke, monkeypatch):
     run = smoke.solver("denoising", "resnet")
 

@@ -94,6 +94,8 @@ def test_only_what_is_affected_is_made_again(project):
     edit(project, "companion/__main__.py", "SYNTHETIC_IMAGES = 2400", "SYNTHETIC_IMAGES = 2300")
     shutil.rmtree(project / "build/data/synthetic")
     assert changed() == set(first)  # other images
+    moved = shutil.copytree(project, project.with_name("moved"))
+    assert "Nothing to be done" in snakemake(moved, PAGE, dry=True)
 
 
 def test_a_cluster_is_told_what_a_page_needs(project):

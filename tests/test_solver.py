@@ -172,3 +172,43 @@ def test_only_grey_levels_become_tensors(convert):
         with pytest.raises(ValueError, match="expected uint8 images"):
             convert(wrong)
     assert np.array_equal(to_uint8(to_tensor(pixels)), pixels)
+
+
+def test_a_nan_in_a_blocked_pixel_does_not_count():
+    solver, (_, operator, y) = small_solver(), measurement()
+    assert torch.equal(solver(torch.where(operator.mask.bool(), y, torch.nan), operator), solver(y, operator))
+
+
+@pytest.mark.parametrize("shrinkage", [-1, -1.0, -3, [0.1, -1.0], float("nan")])
+def test_shrinkage_that_divides_by_zero_is_refused(shrinkage):
+    with pytest.raises(ValueError, match="shrinkage must be > -1"):
+        small_solver(shrinkage=shrinkage)
+    if not isinstance(shrinkage, list):
+        with pytest.raises(ValueError, match="shrinkage must be > -1"):
+            small_solver().proxes[0](measurement()[0], shrinkage)
+
+
+def test_types_of_measurements():
+    solver, (_, operator, y) = small_solver().float(), measurement()
+    expected = solver(y.float(), operator)
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.testing.assert_close(solver(y.to(dtype), operator), expected, atol=0.1, rtol=0)
+        with pytest.raises(ValueError, match=f"torch.float32 do not fit a solver of {dtype}"):
+            solver.to(dtype)(y.float(), operator)
+        solver.float()
+    for wrong in (torch.uint8, torch.int64, torch.float64):
+        with pytest.raises(ValueError, match=f"{wrong} do not fit a solver of torch.float32: see flowlib"):
+            solver(y.to(wrong), operator)
+    for metric in (psnr, ssim):
+        with pytest.raises(ValueError, match="floating-point images, got torch.uint8"):
+            metric((255 * y).to(torch.uint8), (255 * y).to(torch.uint8))
+
+
+def test_batches_of_no_image():
+    solver, (x, operator, y) = small_solver(), measurement()
+    assert solver(y[:0], operator).shape == (0, 3, 16, 16)
+    x_hat, folds = solver(y[:0], operator, return_folds=True)
+    assert folds[-1].log_prob.shape == (0,) and find_nonfinite_fold(folds) is None
+    assert psnr(x_hat, x[:0]).shape == ssim(x_hat, x[:0]).shape == (0,)
+    assert to_tensor(np.zeros((0, 8, 8, 3), np.uint8)).shape == (0, 3, 8, 8)
+    assert UnfoldedPGD([UNetProx(2)], torch.zeros(1, 3, 16, 16)).eval()(y[:0].float(), operator).shape[0] == 0

@@ -99,12 +99,13 @@ async function loadImage(url) {
 }
 
 const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
-const decibels = (value) => (Number.isFinite(value) ? `${value.toFixed(2)} dB` : "not finite");
+// A perfect answer has no error: its PSNR is infinite.
+const decibels = (value) => (Number.isFinite(value) ? `${value.toFixed(2)} dB` : value === Infinity ? "∞ dB" : "not finite");
 
 // A line plot of PSNR over one slider: hollow mark at the trained value, full one where the sliders are.
 function curve(svg, positions, values, trained, now, label) {
-  const good = values.filter(Number.isFinite), high = Math.max(...good, now.y) + 0.5;
-  const low = Math.max(Math.min(...good, now.y) - 0.5, high - 16);
+  const good = [...values, now.y].filter(Number.isFinite), high = Math.max(...good) + 0.5;
+  const low = Math.max(Math.min(...good) - 0.5, high - 16);
   const x = (p) => 34 + 150 * (p - positions[0]) / (positions.at(-1) - positions[0]);
   const y = (v) => 8 + 70 * (high - Math.max(low, Number.isFinite(v) ? v : low)) / (high - low);
   const ticks = [high - 0.5, Math.max(low, (high + low) / 2)].map((v) =>
@@ -122,7 +123,7 @@ function curve(svg, positions, values, trained, now, label) {
 class Explorer {
   constructor(config, root) {
     Object.assign(this, { config, root, sessions: {}, live: false, busy: false, generation: 0 });
-    this.ready = this.start();
+    this.ready = this.start().catch((error) => this.say(`The explorer could not be loaded: ${error.message ?? error}.`));
   }
 
   async start() {
@@ -198,16 +199,16 @@ class Explorer {
     Object.assign(this, { sigma: this.task.sigma, hole: this.task.hole, sigmaB: this.task.sigma_b, seed: this.image, changed: false });
     this.mask = this.hole ? squareMask(this.hole) : null;
     this.sprite = null;
-    this.setLive(false, this.config.ort ? "Loading the solver…" : this.note(this.config.reason));
+    this.setLive(false, this.config.ort ? "Loading the solver…" : "Loading the grid…");
     this.buildControls();
     this.moveAll(1, 0);
     const task = this.task;
-    task.image ??= loadImage(task.sprite);
-    const sprite = await task.image;
+    task.image ??= await loadImage(task.sprite).catch(() => null); // tried again when the task is chosen again
     if (task !== this.task) return;
-    this.sprite = sprite;
+    this.sprite = task.image;
     this.update();
     if (this.config.ort) await this.goLive(task);
+    else this.say(this.note(this.config.reason));
   }
 
   chooseImage(index, update) {
@@ -317,7 +318,8 @@ class Explorer {
     this.captions.original.textContent = this.photo ? "your photo" : this.config.labels[this.image];
     this.showSliders();
     if (this.live) this.solve();
-    else if (this.sprite && !this.photo) this.showGrid();
+    else if (this.sprite && !this.photo && !this.changed) this.showGrid();
+    else this.clear();
   }
 
   showSliders() {
@@ -342,6 +344,15 @@ class Explorer {
     const context = this.canvases.estimate.getContext("2d");
     context.drawImage(this.sprite, column * SIZE, (this.image * shifts.length + row) * SIZE, SIZE, SIZE, 0, 0, SIZE, SIZE);
     this.showQuality(this.task.psnr[this.image][row][column] ?? NaN);
+  }
+
+  // No answer is known to what is shown: an older one would stand beside another measurement.
+  clear() {
+    this.value = NaN;
+    this.result = null;
+    [this.canvases.estimate, ...this.folds.map((fold) => fold.canvas)].forEach((canvas) => canvas.getContext("2d").clearRect(0, 0, SIZE, SIZE));
+    [this.captions.estimate, ...this.folds.map((fold) => fold.caption)].forEach((caption) => { caption.textContent = "–"; });
+    this.plots.hidden = true;
   }
 
   showQuality(value) {
@@ -407,6 +418,7 @@ class Explorer {
     try {
       await this.load(task);
     } catch (error) {
+      delete this.sessions[task.task]; // tried again when the task is chosen again
       if (task === this.task) this.say(this.note(error.message ?? error));
       return;
     }
@@ -416,6 +428,7 @@ class Explorer {
   }
 
   note(reason) {
+    if (!this.sprite && this.task) return `Nothing to show: the precomputed grid (${this.task.task}) could not be loaded. The live solver is not available: ${reason}.`;
     return `Precomputed grid: the sliders have ${this.config.scales.length} × ${this.config.shifts.length} positions. The live solver is not available: ${reason}.`;
   }
 
@@ -431,9 +444,9 @@ class Explorer {
   }
 }
 
-let count = 0;
+// Several may be on one page, each with this module to itself: a number at random tells them apart.
 function render({ model, el }) {
-  const root = element("div", { class: "flow-explorer", id: `flow-explorer-${count++}` });
+  const root = element("div", { class: "flow-explorer", id: `flow-explorer-${Math.random().toString(36).slice(2)}` });
   el.append(root);
   root.explorer = new Explorer(model.get("config"), root);
 }

@@ -2,12 +2,17 @@
 
 import asyncio
 import contextlib
+import html
 import io
+import math
+from pathlib import Path
 
+import anywidget
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import traitlets
 from PIL import Image
 
 import data
@@ -29,9 +34,17 @@ SETTINGS = {
 ZOOM = 2
 
 
+class Upload(anywidget.AnyWidget):
+    """A button for an image file, which the browser makes small before it sends it: Jupyter closes the
+    connection at messages of more than 10 MB. value: () or one {"name", "content" (bytes), "problem"}."""
+
+    _esm = Path(__file__).with_name("upload.js")
+    value = traitlets.Tuple().tag(sync=True)
+
+
 class Explorer(widgets.VBox):
-    """Choose a task, an image or your own, and a trained method of this build; move its scalars; see all
-    folds.
+    """Choose a task, a test image or your own (then number 0), and a trained method of this build; move its
+    scalars; see all folds.
 
     delay: seconds without another change before anything is computed, so that a moving slider does not pile
     up work. Raises FileNotFoundError where nothing is trained."""
@@ -48,13 +61,13 @@ class Explorer(widgets.VBox):
                 f"nothing is trained in {experiment.build}: run make book, or python -m companion run"
             )
         self.images = to_tensor(experiment.split("test"))
-        self.own, self.solver = None, None
+        self.own, self.solver, self.trained_scalars, self.sliders = None, None, {}, {}
 
         tasks = list(dict.fromkeys(task for task, _ in self.trained))
         self.task = widgets.Dropdown(options=tasks, description="task")
         self.method = widgets.Dropdown(description="method")
         self.image = widgets.BoundedIntText(min=1, max=len(self.images), value=1, description="test image")
-        self.upload = widgets.FileUpload(accept="image/*", description="Own image")
+        self.upload = Upload()
         self.setting = widgets.FloatSlider(continuous_update=True)
         self.seed = widgets.Button(description="New noise")
         self.scale = widgets.FloatSlider(value=1, min=0, max=2, step=0.01, description="μ ×")
@@ -117,7 +130,10 @@ class Explorer(widgets.VBox):
     def _choose_method(self, _=None):
         if self._held:
             return
-        self.solver = load(self.experiment, self.experiment.solver(self.task.value, self.method.value))
+        try:
+            self.solver = load(self.experiment, self.experiment.solver(self.task.value, self.method.value))
+        except (OSError, ValueError) as error:  # deleted or damaged since
+            return self._show_nothing(error)
         self.trained_scalars = {"μ": self.solver.step_size.tolist()}
         if self.solver.proxes[0].uses_shrinkage:
             self.trained_scalars["λ"] = self.solver.shrinkage.tolist()
@@ -125,7 +141,12 @@ class Explorer(widgets.VBox):
         self.sliders = {
             name: [
                 widgets.FloatSlider(
-                    value=value, min=-1, max=3, step=0.005, description=f"{name} {k}", readout_format=".3f"
+                    value=value,
+                    min=-0.995,
+                    max=3,
+                    step=0.005,
+                    description=f"{name} {k}",
+                    readout_format=".3f",
                 )
                 for k, value in enumerate(values, start=1)
             ]
@@ -137,19 +158,35 @@ class Explorer(widgets.VBox):
         self._reset()
 
     def _choose_image(self, _=None):
-        self.own = None
+        if self._held:
+            return
+        if self.image.value:
+            self.own, self.image.min = None, 1
         self._changed()
 
     def _take_upload(self, _=None):
         if not self.upload.value:
             return
         file = self.upload.value[-1]
+        self.upload.value = ()  # so that the same file again is a change
         try:
-            self.own = to_tensor(data.decode(bytes(file["content"]), file["name"])[None])
+            if file.get("problem"):
+                raise ValueError(f"{file['name']} {file['problem']}")
+            own = to_tensor(data.decode(bytes(file["content"]), file["name"])[None])
         except ValueError as error:
-            self.status.value = f"<b>{error}</b>"
+            self._say(error)
             return
+        with self._hold():  # so that each number of a test image is a change
+            self.own, self.image.min, self.image.value = own, 0, 0
         self._changed()
+
+    def _say(self, message):
+        self.status.value = f"<b>{html.escape(str(message))}</b>"
+
+    def _show_nothing(self, error):
+        """Instead of what does not belong to what is chosen."""
+        self.solver, self.psnr, self.panels.children, self.plot.value = None, {}, (), b""
+        self._say(error)
 
     def _new_noise(self, _=None):
         self._noise += len(self.images)
@@ -164,7 +201,7 @@ class Explorer(widgets.VBox):
         if self._held:
             return
         with self._hold():
-            for slider, value in zip(self.sliders["μ"], self.trained_scalars["μ"]):
+            for slider, value in zip(self.sliders.get("μ", []), self.trained_scalars.get("μ", [])):
                 slider.value = value * self.scale.value
             for slider, value in zip(self.sliders.get("λ", []), self.trained_scalars.get("λ", [])):
                 slider.value = value + self.shift.value
@@ -182,7 +219,7 @@ class Explorer(widgets.VBox):
     # The answer.
 
     def _changed(self, _=None):
-        if self._held:
+        if self._held or self.solver is None:
             return
         try:
             loop = asyncio.get_running_loop()
@@ -195,6 +232,8 @@ class Explorer(widgets.VBox):
     @torch.no_grad()
     def refresh(self):
         """Solves with what the sliders say, and shows it."""
+        if self.solver is None:
+            return
         index = self.image.value - 1
         x = self.own if self.own is not None else self.images[index : index + 1]
         operator = SETTINGS[TASKS[self.task.value].kind][2](self.setting.value)
@@ -204,11 +243,11 @@ class Explorer(widgets.VBox):
         shown = {"measurement": y} | {f"fold {k}": fold.x for k, fold in enumerate(folds, start=1)}
         self.psnr = {name: psnr(image, x).item() for name, image in shown.items()}
         error = (x_hat - x).abs().mean(dim=1, keepdim=True).expand_as(x) * 4 - 0.5
-        panels = [self._panel(name, image, f"{self.psnr[name]:.2f} dB") for name, image in shown.items()]
+        panels = [self._panel(name, image, decibels(self.psnr[name])) for name, image in shown.items()]
         panels += [self._panel("error × 4", error, ""), self._panel("original", x, "")]
         self.panels.children = panels
         self.plot.value = _plot(folds, list(self.psnr.values())[1:])
-        self.status.value = f"PSNR <b>{psnr(x_hat, x).item():.2f} dB</b>"
+        self.status.value = f"PSNR <b>{decibels(psnr(x_hat, x).item())}</b>"
 
     @staticmethod
     def _panel(name, image, text):
@@ -216,6 +255,11 @@ class Explorer(widgets.VBox):
         return widgets.VBox(
             [widgets.Image(value=_png(array), format="png"), widgets.HTML(f"{name}<br>{text}")]
         )
+
+
+def decibels(value):
+    """As text; a perfect answer has no error, and an infinite PSNR."""
+    return f"{value:.2f} dB" if math.isfinite(value) else "∞ dB" if value > 0 else "not finite"
 
 
 def _png(array):

@@ -5,6 +5,7 @@ What is shown and computed in the browser is in explorer.js, which a notebook ca
 (`GridExplorer`)."""
 
 import base64
+import itertools
 import json
 from pathlib import Path
 
@@ -33,6 +34,7 @@ SHIFTS = tuple(round(i / 10, 2) for i in range(-2, 3))  # added to all trained s
 NUM_IMAGES = 3
 SHOWN = {"inpainting": ("glow",), "denoising": ("glow-noisy", "glow"), "deblurring": ("glow",)}
 HERE = Path(__file__).parent
+_places = itertools.count()  # of explorers on a page
 
 
 def normals(seed, shape):
@@ -186,14 +188,15 @@ def page(folder, address, ort=None):
     for task in config["tasks"]:
         task |= {key: f"{address}/{task[key]}" for key in ("sprite", "onnx")}
     text = json.dumps(config).replace("<", "\\u003c")
+    place = f"flow-explorer-place-{next(_places)}"
     script = (HERE / "explorer.js").read_text(encoding="utf-8")
     return (
         f"<style>{(HERE / 'explorer.css').read_text(encoding='utf-8')}</style>"
-        '<div id="flow-explorer"><noscript>This explorer needs JavaScript. '
+        f'<div id="{place}"><noscript>This explorer needs JavaScript. '
         "The figures below show its grids.</noscript></div>"
         f'<script type="module" async>{script}\n'
         f"render({{ model: {{ get: () => ({text}) }}, "
-        'el: document.getElementById("flow-explorer") });</script>'
+        f'el: document.getElementById("{place}") }});</script>'
     )
 
 

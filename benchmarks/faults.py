@@ -1,0 +1,344 @@
+"""What comes of flipped bits, hostile files and killed runs: the tests ask for the same, the book shows the
+counts.
+
+Run: python -m benchmarks.faults"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import shutil
+import struct
+import tempfile
+import time
+import zipfile
+import zlib
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+import data
+from companion.experiment import Experiment
+from companion.files import write_csv, write_json
+from companion.paths import RESULTS
+from companion.provenance import provenance
+from companion.runs import ensure
+from companion.shipping import pack, unpack
+from flowlib import Glow, GlowProx, ResNetProx, UnfoldedPGD, load_checkpoint, save_checkpoint
+from flowlib.checkpoints import load_tensors
+from flowlib.glowip import load_glowip
+from flowlib.training import Training, fit
+
+FLOW = {"num_levels": 2, "num_steps": 1, "hidden_channels": 4}
+NAMED, SAME = "an error that names the file", "the same result"
+
+
+def outcome(path, read, expected):
+    """What comes of reading a file, in words; expected: what a whole one gives."""
+    try:
+        found = read(path)
+    except ValueError as error:
+        return NAMED if path.name in str(error) else f"an error without a name: {error}"
+    return SAME if found == expected else "another result"
+
+
+# Flipped bits
+
+
+def _values(tensors):
+    return {key: (value.dtype, value.shape, value.tolist()) for key, value in tensors.items()}
+
+
+def _checkpoint(folder):
+    path = folder / "model.safetensors"
+    save_checkpoint(path, UnfoldedPGD([GlowProx(Glow(**FLOW))], torch.zeros(1, 3, 8, 8)), note="kept")
+    return path, lambda p: (_values(load_checkpoint(p).state_dict()), load_tensors(p)[1])
+
+
+def _resume_file(folder):
+    model, x = Glow(**FLOW), torch.rand(4, 3, 8, 8) - 0.5
+
+    def loss(x):
+        return model.bits_per_dim(x).mean()
+
+    def trained(path):
+        settings = Training(num_steps=1, batch_size=2, lr=1e-3, validate_every=1, bf16=False)
+        groups = [{"params": list(model.parameters()), "lr": 1e-3}]
+        functions = (lambda indices, step: (x[indices],), loss, lambda: loss(x).item())
+        summary = fit(model, groups, *functions, settings, 4, 0, folder)
+        return _values(model.state_dict()), summary
+
+    trained(None)
+    return folder / "resume.safetensors", trained
+
+
+def _glowip_file(folder):
+    state = {}
+    for module, channels in ((1, 12), (4, 24)):
+        step = {"actnorm.logs": (1, channels, 1, 1), "actnorm.b": (1, channels, 1, 1)}
+        step |= {"invconv.W": (channels, channels), "coupling.net.logs": (channels, 1, 1)}
+        step |= {"coupling.net.conv1.weight": (4, channels // 2, 3, 3), "coupling.net.conv1.bias": (4,)}
+        step |= {"coupling.net.conv2.weight": (4, 4, 1, 1), "coupling.net.conv2.bias": (4,)}
+        step |= {"coupling.net.conv3.weight": (channels, 4, 3, 3), "coupling.net.conv3.bias": (channels,)}
+        step |= {f"coupling.net.actnorm{i}.{name}": (1, 4, 1, 1) for i in (1, 2) for name in ("logs", "b")}
+        state |= {f"glow_modules.{module}.{name}": torch.randn(shape) for name, shape in step.items()}
+    torch.save(state, folder / "glowmodel.pt")
+    return folder / "glowmodel.pt", lambda p: _values(load_glowip(p).state_dict())
+
+
+def _images(folder):
+    data.prepare_synthetic(folder, 4, size=16)
+    return folder / "images.npy", lambda p: data.load(p.parent).images.tolist()
+
+
+def _kept_model(folder):
+    save_checkpoint(folder / "model", UnfoldedPGD([ResNetProx(16, 1)], torch.zeros(1, 3, 8, 8)))
+    pack(folder / "model", folder / "kept.safetensors")
+
+    def unpacked(path):
+        unpack(path, folder / "model")
+        return _values(load_checkpoint(folder / "model").state_dict())
+
+    return folder / "kept.safetensors", unpacked
+
+
+FILES = {"checkpoint": _checkpoint, "resume file": _resume_file, "kept model": _kept_model}
+FILES |= {"GlowIP file": _glowip_file, "images.npy": _images}
+
+
+def flip_bits(kind, folder, count, seed=0):
+    """{what came of it: how often} of reading a file of a kind, each time with another bit flipped."""
+    path, read = FILES[kind](Path(folder))
+    content, expected, found = path.read_bytes(), read(path), Counter()
+    for place in np.random.default_rng(seed).integers(8 * len(content), size=count).tolist():
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        found[outcome(path, read, expected)] += 1
+    return dict(found)
+
+
+# Hostile files: each is small, or claims to be what it is not
+
+
+def _with_header(folder, text, tensors=None):
+    path = folder / "m.safetensors"
+    save_file(tensors or {"step_size": torch.zeros(1)}, path, metadata={"flowlib": text})
+    return path, load_checkpoint
+
+
+def _flow_of(**config):
+    return lambda folder: _with_header(folder, json.dumps({"kind": "Glow", "config": FLOW | config}))
+
+
+def _solver_of(**header):
+    fold = {"prox": "resnet", "config": {"width": 4, "num_blocks": 1}}
+    whole = {"kind": "UnfoldedPGD", "folds": [fold], "literal_last_fold": False, "image_shape": [3, 8, 8]}
+    return lambda folder: _with_header(folder, json.dumps(whole | header))
+
+
+def _packed_of(**header):
+    def make(folder):
+        about = {"kind": "packed", "started": False, "bits": 8, "model": {}} | header
+        path, _ = _with_header(
+            folder, json.dumps(about), {"a:scale": torch.ones(1), "a:bits": torch.zeros(1)}
+        )
+        return path, lambda path: unpack(path, folder / "model")
+
+    return make
+
+
+def _glowip_of(levels):
+    def make(folder):
+        first = {"invconv.W": torch.zeros(12, 12), "coupling.net.conv1.weight": torch.zeros(4, 6, 3, 3)}
+        state = {f"glow_modules.{3 * i}.{key}": v for i in range(levels) for key, v in first.items()}
+        torch.save(state, folder / "glowmodel.pt")
+        return folder / "glowmodel.pt", load_glowip
+
+    return make
+
+
+def _images_of(shape, dtype="|u1", **manifest):
+    def make(folder):
+        with open(folder / "images.npy", "wb") as file:
+            header = {"descr": dtype, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+        about = {"name": "faces", "num_images": shape[0], "size": shape[1], "pixels_sha256": "?"} | manifest
+        write_json(folder / "manifest.json", about)
+        return folder / "images.npy", lambda path: data.load(path.parent)
+
+    return make
+
+
+def _zip_of(**members):
+    def make(folder):
+        with zipfile.ZipFile(folder / "faces.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, megabytes in members.items():
+                with archive.open(name, "w") as member:
+                    for _ in range(megabytes):
+                        member.write(bytes(2**20))
+        return folder / "faces.zip", lambda path: data.prepare(path, folder / "out")
+
+    return make
+
+
+def _picture_of(width, height):
+    def make(folder):
+        header = struct.pack(">4sIIBBBBB", b"IHDR", width, height, 8, 2, 0, 0, 0)
+        chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+        (folder / "faces").mkdir()
+        (folder / "faces" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\x09IDAT")
+        return folder / "faces" / "a.png", lambda path: data.prepare(path.parent, folder / "out")
+
+    return make
+
+
+HUGE = 10**9
+HOSTILE = {
+    "checkpoint: header no JSON": lambda folder: _with_header(folder, "{"),
+    "checkpoint: header a list": lambda folder: _with_header(folder, "[]"),
+    "checkpoint: header empty": lambda folder: _with_header(folder, "{}"),
+    "checkpoint: no config": lambda folder: _with_header(folder, '{"kind": "Glow"}'),
+    "checkpoint: config a number": lambda folder: _with_header(folder, '{"kind": "Glow", "config": 3}'),
+    "checkpoint: unknown argument": _flow_of(colour=1),
+    "checkpoint: levels as text": _flow_of(num_levels="two"),
+    "checkpoint: claims 12 levels": _flow_of(num_levels=12),
+    "checkpoint: claims 10^9 levels": _flow_of(num_levels=HUGE),
+    "checkpoint: claims -1 levels": _flow_of(num_levels=-1),
+    "checkpoint: claims 10^9 steps": _flow_of(num_steps=HUGE),
+    "checkpoint: claims 10^9 hidden channels": _flow_of(hidden_channels=HUGE),
+    "checkpoint: claims 10^9 input channels": _flow_of(in_channels=HUGE),
+    "solver: claims 10^9 folds": _solver_of(folds=None, num_folds=HUGE, prox="unet", config={}),
+    "solver: claims 10^9 blocks": _solver_of(folds=[{"prox": "resnet", "config": {"num_blocks": HUGE}}]),
+    "solver: claims images of 10^9 x 10^9": _solver_of(image_shape=[3, HUGE, HUGE]),
+    "solver: no image shape": _solver_of(image_shape=None),
+    "solver: fold is text": _solver_of(folds=["resnet"]),
+    "solver: same as a fold that is not there": _solver_of(folds=[{"same_as": 7}]),
+    "solver: names os.system": _solver_of(folds=[{"prox": "os:system", "config": {}}]),
+    "kept model: claims 10^18 numbers": _packed_of(shapes={"a": [HUGE, HUGE]}),
+    "kept model: claims -1 numbers": _packed_of(shapes={"a": [-1]}),
+    "kept model: a tensor is missing": _packed_of(shapes={"b": [1]}),
+    "kept model: no shapes": _packed_of(),
+    "GlowIP file: claims 12 levels": _glowip_of(12),
+    "GlowIP file: claims 1000 levels": _glowip_of(1000),
+    "images.npy: claims 10^9 images": _images_of((HUGE, 64, 64, 3)),
+    "images.npy: pickled objects": _images_of((4, 8, 8, 3), "|O"),
+    "zip: unpacks to 300 MB": _zip_of(**{"a.png": 300}),
+    "zip: points outside": _zip_of(**{"../a.png": 1}),
+    "picture: 10^9 pixels": _picture_of(40_000, 25_000),
+}
+
+
+def hostile(name, folder):
+    """What comes of reading a hostile file, in words."""
+    path, read = HOSTILE[name](Path(folder))
+    return outcome(path, read, None)
+
+
+# Kills
+
+PROVENANCE = ("seconds", "date", "hardware", "commit", "milliseconds_per_image")  # and what ends so
+
+
+def _without_provenance(value):
+    if isinstance(value, dict):
+        return {
+            k: _without_provenance(v) for k, v in value.items() if not any(k.endswith(t) for t in PROVENANCE)
+        }
+    return [_without_provenance(v) for v in value] if isinstance(value, list) else value
+
+
+def _smoke(build, method):
+    """A smoke experiment and one of its runs, which saves itself after every step."""
+    experiment = Experiment("smoke", build=build)
+    run = experiment.solver("denoising", method)
+    return experiment, replace(run, training=replace(run.training, checkpoint_minutes=0))
+
+
+def kill_runs(folder, count, method="resnet", seed=0):
+    """{what came of it: how often} of killing a run (kill -9) `count` times at random moments. What follows a
+    kill is the next start; the record of a run that ends is compared with one that was never killed."""
+
+    def build(name):
+        data.prepare_synthetic(Path(folder) / name / "data" / "synthetic", num_images=40)
+        return Path(folder) / name
+
+    context = multiprocessing.get_context("forkserver")  # imports PyTorch once
+    context.set_forkserver_preload(["companion.runs"])
+
+    def start(build, seconds=None):
+        """Exit code of a process that makes the run; -9 where it was killed."""
+        process = context.Process(target=ensure, args=_smoke(build, method))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return process.exitcode
+
+    def record(build):
+        found = json.loads((experiment_run(build) / "record.json").read_text(encoding="utf-8"))
+        return _without_provenance(found)
+
+    def experiment_run(build):
+        experiment, run = _smoke(build, method)
+        return experiment.directory(run)
+
+    whole, found, generator, kills, builds = build("whole"), Counter(), np.random.default_rng(seed), 0, 0
+    start(whole)  # the fork server starts
+    shutil.rmtree(whole / "runs")
+    began = time.monotonic()
+    assert start(whole) == 0
+    longest, expected, here = time.monotonic() - began, record(whole), None
+    while kills < count or here:
+        here = here or build(f"killed-{(builds := builds + 1)}")
+        code = start(here, generator.uniform(0, longest) if kills < count else None)
+        if code == -9:
+            kills += 1
+            continue
+        if code:
+            found["the next start failed"] += 1
+        else:
+            found["the same record" if record(here) == expected else "another record"] += 1
+        found["temporary files left"] += len(list(here.rglob("*.tmp")))
+        shutil.rmtree(here)
+        here = None
+    return {"killed": kills} | {what: often for what, often in found.items() if often}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--flips", type=int, default=500)
+    parser.add_argument("--kills", type=int, default=30)
+    args, rows = parser.parse_args(), []
+
+    def tried(what, found):
+        words = ", ".join(f"{outcome} ({count})" for outcome, count in sorted(found.items()))
+        rows.append({"Tried": what, "Times": sum(found.values()), "What came of it": words})
+        print(rows[-1], flush=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = (Path(temporary) / str(i) for i in itertools.count())
+
+        def folder():
+            (made := next(folders)).mkdir()
+            return made
+
+        for kind in FILES:
+            tried(f"one bit flipped: {kind}", flip_bits(kind, folder(), args.flips))
+        for kind, names in itertools.groupby(HOSTILE, lambda name: name.partition(":")[0]):
+            tried(f"hostile file: {kind}", Counter(hostile(name, folder()) for name in names))
+        found = kill_runs(folder(), args.kills, "glow")
+        kills = found.pop("killed")
+    ended = ", ".join(f"{outcome} ({count} runs)" for outcome, count in found.items())
+    words = f"the next start went on; of runs that ended so: {ended}"
+    rows.append({"Tried": "training or evaluation killed", "Times": kills, "What came of it": words})
+    write_json(RESULTS / "benchmarks" / "faults.json", {"rows": rows, "arguments": vars(args)} | provenance())
+    write_csv(RESULTS / "benchmarks" / "faults.csv", rows)
+
+
+if __name__ == "__main__":
+    main()
