@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import data
+from companion import gallery
 from companion.experiment import Experiment
 from companion.explorer.live import Explorer
 from companion.explorer.page import SCALES, SHIFTS, grid, measure, normals, page, solve_with, write_explorer
@@ -133,7 +134,9 @@ def experiment(tmp_path_factory):
             "settings_hash": run.settings_hash,
         }
         write_json(experiment.directory(run) / "record.json", about | {"data": data_of(experiment)})
-    return experiment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gallery, "kept_records", lambda task: {})  # which the page would show instead
+        yield experiment
 
 
 def test_files_of_the_page(experiment):
