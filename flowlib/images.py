@@ -19,7 +19,8 @@ def split_indices(
     inside the larger one's, and "pretrain" holds no val or test of either. ValueError for too few images."""
     held_out = max(val, test) if held_out is None else held_out
     if min(train, val, test) < 0 or held_out < max(val, test):
-        raise ValueError(f"a pool of held_out={held_out} cannot hold val={val} or test={test} images")
+        pool = f"held_out={held_out} cannot hold val={val} or test={test} images"
+        raise ValueError(f"a pool of {pool}: enlarge held_out")
     if num_images < train + 2 * held_out:
         needed = f"{train + 2 * held_out} are needed ({train} train + 2 x {held_out} held out)"
         raise ValueError(f"{num_images} images are there, {needed}: prepare more, or use a smaller profile")
