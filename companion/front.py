@@ -120,16 +120,8 @@ def budgets(records: list[dict]) -> list[str]:
                 *(_results(here, task) for task in MAIN_TASKS),
             ]
         )
-    heads = [
-        "",
-        "flow, parameters",
-        "U-Net",
-        "ResNet",
-        "training images",
-        "flow saw",
-        "each solver saw",
-        "on",
-    ]
+    heads = ["edition v2", "flow, parameters", "U-Net", "ResNet", "training images", "flow saw"]
+    heads += ["each solver saw", "on"]
     heads += [f"{task}: flow / U-Net / ResNet" for task in MAIN_TASKS]
     rows = [f"| {head} | " + " | ".join(cells) + " |" for head, cells in zip(heads, zip(*columns))]
     return [rows[0], "| --- " * (1 + len(columns)) + "|", *rows[1:]]
