@@ -18,8 +18,7 @@ from PIL import Image
 
 import data
 from companion.experiment import Experiment
-from companion.explorer.page import SCALES, SHIFTS, grid, measure, normals, solve_with
-from companion.runs import load
+from companion.explorer.page import SCALES, SHIFTS, grid, measure, normals, shown, solve_with
 from flowlib import Blur, Denoising, Inpainting, psnr
 from flowlib.images import to_tensor
 from tests.conftest import CHROMIUM, ROOT, SMOKE_BUILD
@@ -96,8 +95,7 @@ def image(values):
 
 
 def load_solver(task):
-    method = next(t["method"] for t in config()["tasks"] if t["task"] == task)
-    return load(EXPERIMENT, EXPERIMENT.solver(task, method))
+    return shown(EXPERIMENT)[3][task][1]
 
 
 def check(page, task, operator, y=None):
@@ -123,7 +121,7 @@ def config():
 
 
 def face(index=0):
-    return to_tensor(EXPERIMENT.split("test")[index : index + 1])
+    return shown(EXPERIMENT)[0][index : index + 1]
 
 
 def test_live_answers_are_those_of_pytorch(live):
@@ -157,7 +155,7 @@ def test_noise_blur_and_hole(live):
     move(live, "noise σ", 0.1)
     check(live, "denoising", Denoising(0.1), face() + 0.1 * normals(0, (1, 3, 64, 64)))
     live.get_by_role("button", name="New noise").click()
-    check(live, "denoising", Denoising(0.1), face() + 0.1 * normals(3, (1, 3, 64, 64)))
+    check(live, "denoising", Denoising(0.1), face() + 0.1 * normals(len(config()["labels"]), (1, 3, 64, 64)))
     choose(live, "deblurring")
     move(live, "blur σ_b", 0.6)
     check(live, "deblurring", Blur(0.6), Blur(0.6).A(face()))

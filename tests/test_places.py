@@ -15,8 +15,9 @@ from tests.conftest import ROOT
 
 
 def planned(folder):
-    command = ["make", "--dry-run", "environment"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    command = ["make", "--no-print-directory", "--dry-run", "environment"]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}  # of `make test`
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=clean).stdout
 
 
 @pytest.mark.parametrize("name", ["project", "my project", "it's mine"])
