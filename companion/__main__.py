@@ -8,7 +8,7 @@ import data
 from companion.paths import build_folder
 from companion.settings import EDITIONS, PROFILES
 
-SYNTHETIC_IMAGES = 2400  # enough for every profile that uses them
+SYNTHETIC_IMAGES = 1400  # enough for every profile that uses them
 
 
 def main(argv=None):
