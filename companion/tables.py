@@ -461,59 +461,25 @@ def budget(records: list[dict]) -> str:
 MARKS = {"replicated": "✓", "the opposite": "✗", "not distinguishable": "≈"}
 
 
-def overview(edition: str, records: list[dict]) -> list[str]:
-    """Lines of a Markdown table: every pair of methods that the paper's tables compare, one column a task of
-    Table I."""
+def overview(edition: str, records: list[dict]) -> list[dict]:
+    """Rows: every pair of methods that the paper's tables compare, one column a task of Table I; in brackets
+    the paper's difference."""
     tasks = list(dict.fromkeys(key[0] for key in paper_table("I", edition)))
-    heads = [TASKS[task].label for task in tasks]
-    lines = ["| Table | First over second | " + " | ".join(heads) + " |", "| --- " * (2 + len(heads)) + "|"]
+    rows = []
     for (name, of), about in PAPER_TABLES.items():
         for first, second in about.pairs if of == edition else ():
-            cells = []
+            cells = {}
             for task in tasks:
                 pair = compare(records, name, edition, task, first, second)
-                if not pair or pair.paper is None:
-                    cells.append("–")
-                    continue
-                mark = MARKS.get(verdict(pair), "?")
-                cells.append(
-                    f"{mark} {signed(pair.difference)} ± {pair.half_width:.2f} ({signed(pair.paper)})"
-                )
-            if set(cells) != {"–"}:
-                label = f"{METHODS[first].label} over {METHODS[second].label}".replace(" prox", "")
-                lines.append(f"| {name} | {label} | {' | '.join(cells)} |")
-    return lines
-
-
-def findings(records: list[dict]) -> list[str]:
-    """Markdown for the front page: for each edition with recorded solvers its budget and what became of the
-    claims of the paper's tables; then what the flows are like."""
-    lines = [
-        "By how many decibels one method is above another, ours and, in brackets, the paper's. "
-        "✓: the paper's order, ✗: the opposite, ≈: not distinguishable, ?: one of the two is below its own "
-        "measurement or below a classical method, so that no claim is made; –: not run or not in the paper."
-    ]
-    for edition in sorted(
-        {r["experiment"]["edition"] for r in records if r["kind"] == "solver"}, reverse=True
-    ):
-        run = comparison(records, edition)
-        lines += ["", budget(run) + " This is far below the paper's budget.", "", *overview(edition, run), ""]
-        for r in run:
-            if r["kind"] == "failed":
-                step = r["training"]["steps"]
-                lines += [f"- {METHODS[r['method']].label}, {r['task']}: **diverged** at step {step}."]
-    lines.append("")
-    for r in records:
-        if r["kind"] == "flow":
-            change = {name: response["0.01"] / 0.01 for name, response in r["shrinkage_response"].items()}
-            profile = r["experiment"]["profile"]
-            lines.append(
-                f"- The flow `{r['name']}` of the profile `{profile}`: {plus_minus(r['bits_per_dim'])} bits "
-                "per dimension of clean test images. Shrinking its latents by 1 + λ (λ = 0.01) moves clean "
-                f"images by {change['natural']:.1f} λ and noisy ones by {change['noise 0.2']:.1f} λ, "
-                "root mean square."
-            )
-    return lines
+                cells[TASKS[task].label] = "–"
+                if pair and pair.paper is not None:
+                    mark = MARKS.get(verdict(pair), "?")
+                    numbers = f"{signed(pair.difference)} ± {pair.half_width:.2f} ({signed(pair.paper)})"
+                    cells[TASKS[task].label] = f"{mark} {numbers}"
+            if set(cells.values()) != {"–"}:
+                label = f"{METHODS[first].short} over {METHODS[second].short}"
+                rows.append({"Table": name, "First over second": label} | cells)
+    return rows
 
 
 def tabulate(experiment):

@@ -237,9 +237,9 @@ def test_records_hold_what_the_tables_need(smoke):
     assert sorted(kept) == ["denoising-glow", "denoising-unet", "flow"]
     chosen = records.comparison(list(kept.values()), "v2")
     assert {r["name"] for r in chosen} == {"denoising-glow", "denoising-unet"}
-    text = "\n".join(tables.findings(list(kept.values())))
-    row = next(line for line in text.splitlines() if line.startswith("| I | GLOW over U-Net |"))
-    assert "(+0.06) | – | – |" in row
+    row = tables.overview("v2", chosen)[0]
+    assert row["First over second"] == "GLOW over U-Net" and row["inpainting, W = 19"] == "–"
+    assert row["denoising, σₙ = 0.2"].endswith("(+0.06)")
     (smoke.directory(smoke.solver("denoising", "unet")) / "record.json").write_text("{")
     with pytest.raises(ValueError, match="is no result record"):
         runs.records_of_build(smoke)
