@@ -110,7 +110,7 @@ def write_explorer(experiment):
         rows = [
             np.concatenate([pixels(x) for x in row.nan_to_num()], axis=1) for row in answers.flatten(0, 1)
         ]
-        _write_image(out / f"{task}.webp", np.concatenate(rows), quality=90)
+        _write_image(out / f"{task}.webp", np.concatenate(rows), quality=97)
         export_onnx(solver, task, out / f"{task}.onnx")
         tasks.append(
             {
