@@ -160,7 +160,7 @@ def publish(experiment: Experiment, run: Run, ship: bool = False) -> Path:
 
 def _ship(experiment, run, record, path):
     """Writes the model to path, in the fewest bits that cost at most 0.02 dB on the test images."""
-    for bits in (6, 7, 8):
+    for bits in (6, 7, 8, 16):
         pack(model_path(experiment, run), path, _kept_start(experiment, run), bits, settings=run.as_dict())
         if run.kind == "flow":
             return

@@ -14,10 +14,11 @@ SMALLEST = 1024  # numbers of a tensor that is worth packing
 
 
 def pack(model: Path, kept: Path, start: Path | None = None, bits: int = 8, **info):
-    """Writes the checkpoint `model` small to `kept`. start: the kept flow that its folds are counted from."""
+    """Writes the checkpoint `model` small to `kept`. start: the kept flow that its folds are counted from;
+    bits: 16 stands for half precision, which needs no start."""
     tensors, header = load_tensors(model)
     header |= {"info": info}
-    if header["kind"] == "Glow":
+    if header["kind"] == "Glow" or bits == 16:
         return save_tensors(
             kept, {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}, header
         )

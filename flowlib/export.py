@@ -27,12 +27,13 @@ class _Graph:
         self.nodes.append(helper.make_node(operation, inputs, names, **attributes))
         return names if outputs else names[0]
 
-    def constant(self, values):
-        """A constant; large ones as 16-bit integers with a scale for each row, which costs about 1e-4."""
+    def constant(self, values, exact=False):
+        """A constant; large ones, but for exact ones, as 16-bit integers with a scale for each row, which
+        costs about 1e-4."""
         values = values.detach().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
         if not np.isfinite(values).all():
             raise ValueError("the solver has weights that are not finite: train it again")
-        if values.dtype == np.float32 and values.size >= 256:
+        if values.dtype == np.float32 and values.size >= 256 and not exact:
             rows = np.abs(values).reshape(len(values), -1).max(axis=1).reshape(-1, *[1] * (values.ndim - 1))
             scale = np.maximum(rows, 1e-30) / 32767
             whole = self.constant(np.round(values / scale).astype(np.int16))
@@ -56,8 +57,10 @@ class _Step:
         [folded] = fold([step])
 
         def kept(weight, bias):
-            weight = weight[:, :, None, None] if weight.ndim == 2 else weight
-            return graph.constant(weight), graph.constant(bias.flatten())
+            # The affine maps are small, and every error in them is passed on through all steps.
+            affine = weight.ndim == 2
+            weight = weight[:, :, None, None] if affine else weight
+            return graph.constant(weight, exact=affine), graph.constant(bias.flatten())
 
         self.graph, self.bound = graph, graph.constant(np.float32(step.coupling.max_log_scale))
         self.linear, self.inverse_linear = kept(*folded.linear), kept(*folded.inverse_linear)
