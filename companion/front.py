@@ -107,7 +107,8 @@ def budgets(records: list[dict]) -> list[str]:
             for method in ("glow", "unet", "resnet")
         ]
         trained = [r for r in here if not METHODS[r["method"]].frozen]
-        seen, took = ([f(r) for r in trained] for f in (lambda r: r["training"]["images_seen"], _minutes))
+        seen = [r["training"]["images_seen"] for r in trained]
+        took = [minutes(r["training"]) for r in trained]
         machines = sorted({machine(r) for r in trained + [flow]})
         columns.append(
             [
@@ -140,10 +141,6 @@ def _results(here, task):
 
 def _of(record, profile):
     return record["experiment"]["profile"] == profile
-
-
-def _minutes(record):
-    return minutes(record["training"])
 
 
 def write_front(tables):

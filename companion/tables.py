@@ -327,43 +327,15 @@ def verdict(pair: Comparison) -> str:
 
 
 def claims(name: str, edition: str, records: list[dict]) -> list[dict]:
-    """Rows: every order of methods that one of the paper's tables holds, the paper's difference, ours, and
-    the verdict."""
-    rows = []
-    evaluation = PAPER_TABLES[name, edition].evaluation
-    for task in dict.fromkeys(key[0] for key in paper_table(name, edition)):
-        for first, second in PAPER_TABLES[name, edition].pairs:
-            pair = compare(records, name, edition, task, first, second)
-            if pair and pair.paper is not None:
-                rows.append(
-                    {
-                        "Task": TASKS[task].kind,
-                        "Setting": setting(task, evaluation),
-                        "Claim": f"{METHODS[first].label} over {METHODS[second].label}",
-                        "Paper, dB": signed(pair.paper),
-                        "Ours, dB": f"{signed(pair.difference)} ± {pair.half_width:.2f}",
-                        "Seeds": pair.num_seeds,
-                        "Verdict": verdict(pair),
-                    }
-                )
-    return rows
-
-
-def every_claim(edition: str, records: list[dict]) -> list[dict]:
-    """Rows: every order of two methods that the paper draws conclusions from, run or not."""
-    rows = []
-    for (name, of), about in PAPER_TABLES.items():
-        if of != edition:
-            continue
-        paper = paper_table(name, edition)
-        for task in dict.fromkeys(key[0] for key in paper):
-            for first, second in about.pairs:
-                if not {(task, first), (task, second)} <= set(paper):
-                    continue
+    """Rows: every order of two methods that the paper draws conclusions from in one of its tables, run or
+    not: its difference, ours, and the verdict."""
+    rows, paper, about = [], paper_table(name, edition), PAPER_TABLES[name, edition]
+    for task in dict.fromkeys(key[0] for key in paper):
+        for first, second in about.pairs:
+            if {(task, first), (task, second)} <= set(paper):
                 pair = compare(records, name, edition, task, first, second)
                 rows.append(
                     {
-                        "Table": f"{edition} {name}",
                         "Task": f"{TASKS[task].kind}, {setting(task, about.evaluation)}",
                         "Claim": f"{METHODS[first].short} over {METHODS[second].short}",
                         "Paper, dB": signed(paper[task, first] - paper[task, second]),
@@ -374,6 +346,12 @@ def every_claim(edition: str, records: list[dict]) -> list[dict]:
                     }
                 )
     return rows
+
+
+def every_claim(edition: str, records: list[dict]) -> list[dict]:
+    """Rows: the claims of all tables of an edition."""
+    names = [name for name, of in PAPER_TABLES if of == edition]
+    return [{"Table": f"{edition} {name}"} | row for name in names for row in claims(name, edition, records)]
 
 
 class Link(NamedTuple):

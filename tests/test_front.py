@@ -7,30 +7,15 @@ import torch
 from companion import front, gallery, records, tables
 from data.portraits import portraits
 from flowlib import psnr
+from tests.test_runs import solver_record
 
 KEPT = bool(gallery.kept_records("inpainting"))
 needs_kept = pytest.mark.skipif(not KEPT, reason="no model is kept in results/checkpoints")
 
 
-def solver_record(task, method, value, seed=0):
-    quality = records.statistics([value + d for d in (-0.1, 0.0, 0.1)])
-    return dict(
-        kind="solver",
-        name=f"{task}-{method}",
-        task=task,
-        method=method,
-        experiment=dict(profile="cpu", dataset="celeba", edition="v2", seed=seed),
-        settings_hash="0" * 10,
-        psnr=quality,
-        psnr_measurement=records.statistics([20.0] * 3),
-        training=dict(images_seen=100),
-        data=dict(pixels_sha256="x"),
-    )
-
-
 def three(task, glow, unet, resnet):
     values = dict(glow=glow, unet=unet, resnet=resnet)
-    return [solver_record(task, method, value) for method, value in values.items()]
+    return [solver_record(method, value, task=task) for method, value in values.items()]
 
 
 def test_the_bottom_line_follows_the_records():

@@ -239,7 +239,7 @@ def test_records_hold_what_the_tables_need(smoke):
     assert {r["name"] for r in chosen} == {"denoising-glow", "denoising-unet"}
     row = tables.overview("v2", chosen)[0]
     assert row["First over second"] == "GLOW over U-Net" and row["inpainting, W = 19"] == "–"
-    assert row["denoising, σₙ = 0.2"].endswith("(+0.06)")
+    assert row["denoising, σₙ = 0.2"].endswith("(+0.06)") and row["deblurring, σ_b = 5"] == "–"
     (smoke.directory(smoke.solver("denoising", "unet")) / "record.json").write_text("{")
     with pytest.raises(ValueError, match="is no result record"):
         runs.records_of_build(smoke)

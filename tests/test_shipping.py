@@ -40,6 +40,8 @@ def test_a_solver_is_counted_from_its_flow(tmp_path):
         return max((back[k].float() - v.float()).abs().max() for k, v in solver.state_dict().items())
 
     assert 0 < error("kept", tmp_path / "kept-flow") < 0.1 * error("kept-alone")
+    pack(tmp_path / "solver", tmp_path / "kept-half", tmp_path / "kept-flow", bits=16)
+    assert error("kept-half") < 1e-3  # needs no flow
     with pytest.raises(ValueError, match="differences to a flow: give that flow"):
         unpack(tmp_path / "kept", tmp_path / "back")
 
