@@ -145,14 +145,14 @@ def test_files_of_the_page(experiment):
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
         "denoising.onnx",
-        "denoising.webp",
+        "denoising.jpeg",
         "inpainting.onnx",
-        "inpainting.webp",
+        "inpainting.jpeg",
         "originals.png",
     }
-    assert all(path.stat().st_size < 1.5e6 for path in folder.glob("*.webp"))
+    assert all(path.stat().st_size < 1.5e6 for path in folder.glob("*.jpeg"))
     html = page(folder, "../_static/explorer")
-    assert "../_static/explorer/inpainting.webp" in html and "<noscript>" in html
+    assert "../_static/explorer/inpainting.jpeg" in html and "<noscript>" in html
     with pytest.raises(FileNotFoundError, match="python -m companion explorer"):
         page(experiment.build, "x")
 

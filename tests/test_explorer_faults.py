@@ -92,7 +92,7 @@ def test_two_explorers_on_one_page(open_page, folder):
 
 
 def test_a_grid_that_cannot_be_loaded(open_page, folder):
-    page = open_page(html_of(folder), without="inpainting.webp")
+    page = open_page(html_of(folder), without="inpainting.jpeg")
     assert "the precomputed grid (inpainting) could not be loaded" in status(page, "Nothing to show")
     assert is_blank(page, 1) and not is_blank(page, 0)
     page.locator("input[value=denoising]").check(force=True)  # whose grid is there
@@ -101,9 +101,9 @@ def test_a_grid_that_cannot_be_loaded(open_page, folder):
 
 
 def test_a_grid_is_asked_for_again(open_page, folder):
-    page = open_page(html_of(folder), without="inpainting.webp")
+    page = open_page(html_of(folder), without="inpainting.jpeg")
     status(page, "Nothing to show")
-    page.unroute("**/*inpainting.webp*")
+    page.unroute("**/*inpainting.jpeg*")
     page.locator("input[value=denoising]").check(force=True)
     page.locator("input[value=inpainting]").check(force=True)
     page.wait_for_function("document.querySelector('.flow-explorer').explorer.sprite", timeout=20_000)
@@ -111,7 +111,7 @@ def test_a_grid_is_asked_for_again(open_page, folder):
 
 
 def test_the_solver_answers_without_its_grid(open_page, folder):
-    page = open_page(html_of(folder, "runtime.mjs"), without="inpainting.webp")
+    page = open_page(html_of(folder, "runtime.mjs"), without="inpainting.jpeg")
     status(page, "Live: the solver runs")
     assert not is_blank(page, 1)
 

@@ -236,7 +236,7 @@ def test_without_webassembly_the_grid_answers(open_page):
         ".getContext('2d').getImageData(0, 0, 64, 64).data)"
     )
     shown = torch.tensor(shown).reshape(64, 64, 4)[..., :3].permute(2, 0, 1) / 255 - 0.5
-    assert (shown - expected.clamp(-0.5, 0.5)).abs().mean() < 0.02  # webp keeps about this much
+    assert (shown - expected.clamp(-0.5, 0.5)).abs().mean() < 0.02  # JPEG keeps about this much
     trained = grid_answer(1, SHIFTS.index(0), SCALES.index(1))
     assert (shown - trained.clamp(-0.5, 0.5)).abs().mean() > (shown - expected.clamp(-0.5, 0.5)).abs().mean()
 

@@ -94,7 +94,7 @@ def shown(experiment):
 
 
 def write_explorer(experiment):
-    """Writes build/explorer/: for every task that has one a sprite of the grid (webp) and the flow solver
+    """Writes build/explorer/: for every task that has one a sprite of the grid (jpeg) and the flow solver
     (onnx), and config.json with all numbers. Raises FileNotFoundError where no solver is trained."""
     out, tasks = experiment.build / "explorer", []
     images, labels, names, solvers = shown(experiment)
@@ -110,14 +110,15 @@ def write_explorer(experiment):
         rows = [
             np.concatenate([pixels(x) for x in row.nan_to_num()], axis=1) for row in answers.flatten(0, 1)
         ]
-        _write_image(out / f"{task}.webp", np.concatenate(rows), quality=97)
+        # Colours at full resolution: where the solver falls apart they are noise from pixel to pixel.
+        _write_image(out / f"{task}.jpeg", np.concatenate(rows), quality=93, subsampling=0)
         export_onnx(solver, task, out / f"{task}.onnx")
         tasks.append(
             {
                 "task": task,
                 "label": TASKS[task].kind.capitalize() + " (noise-trained flow)" * (method == "glow-noisy"),
                 "method": method,
-                "sprite": f"{task}.webp",
+                "sprite": f"{task}.jpeg",
                 "onnx": f"{task}.onnx",
                 "mu": solver.step_size.tolist(),
                 "lambda": solver.shrinkage.tolist(),
@@ -148,7 +149,7 @@ def write_explorer(experiment):
 def tiles(folder, task):
     """The reconstructions of the first image that write_explorer put into a sprite, as uint8 images, row by
     row; none where the task has no solver."""
-    path = Path(folder) / f"{task}.webp"
+    path = Path(folder) / f"{task}.jpeg"
     if not path.exists():
         return [np.full((64, 64, 3), 255, np.uint8)]
     sprite = np.asarray(Image.open(path).convert("RGB"))
