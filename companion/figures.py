@@ -5,10 +5,12 @@ drawn small with large type, so that they can still be read on a telephone."""
 
 import functools
 import html
+import io
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython.display import SVG
 from matplotlib.ticker import MaxNLocator
 
 from companion.settings import METHODS, TASKS
@@ -64,6 +66,14 @@ def styled(plot):
         return figure
 
     return wrapper
+
+
+def as_svg(figure):
+    """A figure as lines and letters that stay sharp at any size, for a notebook to show."""
+    text = io.StringIO()
+    with plt.rc_context({"svg.hashsalt": "flowlib"}):  # the same figure, the same file
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return SVG(text.getvalue())
 
 
 def pixels(image):

@@ -12,6 +12,7 @@ from companion.records import last_fold_only, measured, reconstruct, recorded
 from companion.runs import kept_experiments, kept_model
 from companion.settings import METHODS, TASKS
 from data.portraits import portraits
+from data.synthetic import draw_faces
 from flowlib import GlowProx, UnfoldedPGD, psnr
 from flowlib.images import to_tensor
 
@@ -21,6 +22,11 @@ FLOWS = ("glow", "glow-noisy")
 def faces():
     """The two portraits, (2, 3, 64, 64) in [-0.5, 0.5]."""
     return to_tensor(portraits())
+
+
+def drawn_faces():
+    """Two drawn faces, (2, 3, 64, 64) in [-0.5, 0.5]: no photograph has such eyes and colours."""
+    return to_tensor(draw_faces(range(2), "ood"))
 
 
 def kept_records(task: str, edition: str = "v2") -> dict[str, dict]:
@@ -67,13 +73,14 @@ def plugged_in(record: dict) -> UnfoldedPGD:
 
 
 @torch.no_grad()
-def restored(task: str, ood: bool = False, solvers: dict | None = None):
-    """(y, {method: x_hat}) of the two faces; ood: measured out of distribution, as the paper words it.
-    solvers: {method: UnfoldedPGD}, by default the kept ones."""
+def restored(task: str, ood: bool = False, solvers: dict | None = None, images: torch.Tensor | None = None):
+    """(y, {method: x_hat}) of images, by default the two faces; ood: measured out of distribution, as the
+    paper words it. solvers: {method: UnfoldedPGD}, by default the kept ones."""
+    images = faces() if images is None else images
     if solvers is None:
         solvers = {method: solver(r) for method, r in kept_records(task).items()}
     changes = TASKS[task].ood_parameters if ood else {}
-    y, operator = measured(task, faces(), 0, **changes)
+    y, operator = measured(task, images, 0, **changes)
     estimates = {}
     for method, model in solvers.items():
         operators = operator
@@ -83,10 +90,11 @@ def restored(task: str, ood: bool = False, solvers: dict | None = None):
     return y, estimates
 
 
-def examples(task: str, ood: bool = False):
+def examples(task: str, ood: bool = False, images: torch.Tensor | None = None):
     """Figure: measurement, each kept method, original; a sentence where nothing is kept."""
-    y, estimates = restored(task, ood)
-    return figures.examples(faces(), y, estimates) if estimates else "No solver for this task is kept."
+    images = faces() if images is None else images
+    y, estimates = restored(task, ood, images=images)
+    return figures.examples(images, y, estimates) if estimates else "No solver for this task is kept."
 
 
 def hero():
@@ -133,4 +141,5 @@ def folds_figure(task: str):
     y, operator = measured(task, faces(), 0)
     model = solver(record)
     _, folds = model(y, operator, return_folds=True)
-    return figures.fold_diagram(y[0], model.x0[0].detach(), folds, record["folds"], faces()[0])
+    diagram = figures.fold_diagram(y[0], model.x0[0].detach(), folds, record["folds"], faces()[0])
+    return figures.as_svg(diagram)

@@ -228,6 +228,10 @@ def test_records_hold_what_the_tables_need(smoke):
     rows = {r["Method"]: r for r in tables.table("III", "v2", [glow]) if r["Task"] == "denoising"}
     assert rows["GLOW prox"]["Ours, dB"] == tables.plus_minus(glow["ood_measurements"]["psnr"])
     assert rows["GLOW prox"]["Setting"] == "σₙ = 0.25" and rows["U-Net prox"]["Ours, dB"] == "not run"
+    assert rows["GLOW prox"]["Seeds"] == "1" and rows["U-Net prox"]["Seeds"] == "–"
+    assert rows["GLOW prox"]["Record"] == tables.record_of(glow) and rows["U-Net prox"]["Record"] == "–"
+    repeated = {r["Task"] for r in tables.table("III", "v2", [glow]) if "repeats table I" in r["Remark"]}
+    assert repeated == {"deblurring"}  # of blurs with 3 taps, σ_b 5 and 8 hardly differ
     tables.tabulate(smoke)
     row = next(r for r in tables.table("I", "v2", runs.records_of_build(smoke)) if r["Method"] == "GLOW prox")
     assert row["Paper, dB"] == "28.24" and row["Ours, dB"].startswith(f"{glow['psnr']['mean']:.2f}\u00a0±")
