@@ -11,6 +11,7 @@ from companion.experiment import Experiment
 from companion.records import last_fold_only, measured, reconstruct, recorded
 from companion.runs import kept_experiments, kept_model
 from companion.settings import METHODS, TASKS
+from companion.tables import anchor, record_of
 from data.portraits import portraits
 from data.synthetic import draw_faces
 from flowlib import GlowProx, UnfoldedPGD, psnr
@@ -95,6 +96,16 @@ def examples(task: str, ood: bool = False, images: torch.Tensor | None = None):
     images = faces() if images is None else images
     y, estimates = restored(task, ood, images=images)
     return figures.examples(images, y, estimates) if estimates else "No solver for this task is kept."
+
+
+def sources(task: str) -> str:
+    """HTML: the kept solvers that a picture shows, each with its result on test images and its record."""
+    told = [
+        f"{METHODS[method].short} ({r['psnr']['mean']:.2f} dB on {len(r['psnr']['values'])} test images, "
+        f"record {anchor(record_of(r))})"
+        for method, r in kept_records(task).items()
+    ]
+    return f"<p>Shown are the kept solvers: {', '.join(told)}.</p>" if told else ""
 
 
 def hero():

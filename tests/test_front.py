@@ -1,5 +1,7 @@
 """The front page and the pictures of the two faces, from models and records that are kept with the code."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,20 @@ def test_kept_solvers_restore_the_faces():
         for method, x_hat in estimates.items():
             gain = psnr(x_hat, gallery.faces()) - before
             assert (gain > 2).all(), (task, method, gain)
+
+
+@needs_kept
+def test_pictures_name_their_records():
+    for task in ("inpainting", "denoising", "deblurring"):
+        places = re.findall(r'href="\.\./records/([^"]+)"', gallery.sources(task))
+        assert len(places) == len(gallery.kept_records(task))
+        assert all((records.RESULTS / "runs" / place).exists() for place in places)
+
+
+@needs_kept
+def test_figure_1_is_drawn_as_lines_and_letters():
+    diagram = gallery.folds_figure("inpainting").data
+    assert "<svg" in diagram and diagram.count("<image") == 3 + 2 * 4  # y, x_0, original; two a fold
 
 
 @needs_kept
