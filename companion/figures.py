@@ -71,7 +71,8 @@ def styled(plot):
 def as_svg(figure):
     """A figure as lines and letters that stay sharp at any size, for a notebook to show."""
     text = io.StringIO()
-    with plt.rc_context({"svg.hashsalt": "flowlib"}):  # the same figure, the same file
+    # The same figure, the same file; and each image with its own pixels.
+    with plt.rc_context({"svg.hashsalt": "flowlib", "image.composite_image": False}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     return SVG(text.getvalue())
 
@@ -450,7 +451,7 @@ def fold_diagram(y, x0, folds, numbers, original):
         middle = top - side / 2
         axis.text(0.62, middle + 0.18, f"fold {k}", ha="center", fontsize=10, weight="bold")
         axis.text(0.62, middle - 0.05, rf"$\mu$ = {row['step_size']:.2f}", ha="center", fontsize=8.5)
-        axis.text(0.62, middle - 0.26, rf"$\lambda$ = {row['shrinkage']:+.3f}", ha="center", fontsize=8.5)
+        axis.text(0.62, middle - 0.26, rf"$\lambda$ = {row['shrinkage']:+z.3f}", ha="center", fontsize=8.5)
         axis.imshow(pixels(fold.x_tilde[0]), extent=(1.55, 2.55, top - side, top), interpolation="nearest")
         arrow((2.6, middle), (3.3, middle), r"$f_k$")
         box = dict(boxstyle="round,pad=0.35", fc="#EAF5F1", ec=COLOURS["glow"])
