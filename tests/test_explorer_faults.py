@@ -128,7 +128,7 @@ def test_nothing_old_beside_a_new_measurement(open_page, folder):
     status(page, "Live: the solver runs")
     photo = {"name": "face.png", "mimeType": "image/png", "buffer": picture()}
     page.locator("input[type=file]").set_input_files(photo)
-    page.wait_for_function("document.querySelector('.flow-explorer').explorer.photo")
+    page.get_by_role("button", name="Done").click()
     page.locator("input[value=denoising]").check(force=True)
     assert "a broken file" in status(page, "not available")
     assert is_blank(page, 1) and not is_blank(page, 0)
@@ -143,7 +143,7 @@ def test_a_perfect_measurement(open_page, folder):
     status(page, "Live: the solver runs")
     slider = "(s) => { s.value = 0; s.dispatchEvent(new Event('input', { bubbles: true })); }"
     page.get_by_label("hole", exact=True).first.evaluate(slider)
-    assert "∞ dB" in page.locator(".panels .caption").first.inner_text()
+    assert "exact" in page.locator(".panels .caption").first.inner_text()
 
 
 UPLOAD = """<script type="module">
