@@ -109,7 +109,7 @@ const decibels = (value) => (Number.isFinite(value) ? `${value.toFixed(2)} dB` :
 // not yet known; what is not finite lies on the edge.
 function curve(svg, positions, values, trained, now, label) {
   const good = [...values, now.y].filter(Number.isFinite), high = Math.max(...(good.length ? good : [0])) + 0.5;
-  const low = Math.max(Math.min(...good, high) - 0.5, high - 16);
+  const low = Math.min(Math.max(Math.min(...good, high) - 0.5, high - 16), high - 3);
   const x = (p) => 34 + 150 * (p - positions[0]) / (positions.at(-1) - positions[0]);
   const y = (v) => 8 + 70 * (high - Math.min(high, Math.max(low, Number.isNaN(v) ? low : v))) / (high - low);
   const ticks = [high - 0.5, Math.max(low, (high + low) / 2)].map((v) =>
@@ -135,6 +135,7 @@ class Explorer {
     if (this.config.ort) this.load(this.config.tasks[0]).catch(() => {}); // takes longest, so it goes first
     this.root.classList.toggle("may-live", !this.barrier());
     this.build();
+    this.setTask(this.config.tasks[0]); // takes its room before anything is loaded
     const strip = await loadImage(this.config.originals);
     this.originals = this.config.labels.map((_, i) => pixels(strip, i * SIZE, 0, SIZE));
     this.thumbnails.forEach((canvas, i) => draw(canvas, this.originals[i]));
@@ -207,19 +208,22 @@ class Explorer {
   // -- What the reader does
 
   async chooseTask(name) {
-    this.task = this.config.tasks.find((task) => task.task === name);
-    this.sprite = null;
-    this.about.textContent = this.task.about;
-    this.setLive(false, this.config.ort ? `Loading the solver, ${this.task.megabytes} MB…` : "Loading the grid…");
-    this.buildFolds();
-    this.restore();
-    const task = this.task;
+    const task = this.config.tasks.find((one) => one.task === name);
+    this.setTask(task);
     task.image ??= await loadImage(task.sprite).catch(() => null); // tried again when the task is chosen again
     if (task !== this.task) return;
     this.sprite = task.image;
     this.update();
     if (this.config.ort) await this.goLive(task);
     else this.say(this.note(this.config.reason));
+  }
+
+  setTask(task) {
+    Object.assign(this, { task, sprite: null });
+    this.about.textContent = task.about;
+    this.setLive(false, this.config.ort ? `Loading the solver, ${task.megabytes} MB…` : "Loading the grid…");
+    this.buildFolds();
+    this.restore();
   }
 
   // The measurement and all scalars as they were trained.

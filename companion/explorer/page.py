@@ -101,9 +101,10 @@ def shown(experiment):
 def about(record):
     """What runs for a task, in a line: method, training, PSNR on test images."""
     data, training = record["data"], record["training"]
+    name = {"celeba": "CelebA", "synthetic": "drawn faces"}.get(data["name"], data["name"])
     return (
         f"{METHODS[record['method']].label}, {record['num_folds']} folds, weights in 8 bits; trained on"
-        f" {data['name']} ({data['split']['train']:,} images, {training['images_seen']:,} seen with repeats):"
+        f" {name} ({data['split']['train']:,} images, {training['images_seen']:,} seen with repeats):"
         f" {record['psnr']['mean']:.2f} dB on {len(record['psnr']['values'])} test images."
     )
 
@@ -132,7 +133,11 @@ def tips(images, labels, solvers):
             y = measure(trained, x, 0), measure(moved, x, 0)
             before = psnr(solver(y[0], trained), x).item()
             after = psnr(solve_with(solver, *scalars, y[1], moved), x).item()
-            change = f"from {before:.2f} to {after:.2f} dB" if np.isfinite(after) else "to what is not finite"
+            change = (
+                f"from {before:.2f} to {after:.2f} dB".replace("-", "−")
+                if np.isfinite(after)
+                else "to what is not finite"
+            )
             measured = f" (the measurement itself: {psnr(y[1], x).item():.2f} dB)" if changes else ""
             found.append(f"{task} {change}{measured}")
         if found:
