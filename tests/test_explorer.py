@@ -13,7 +13,18 @@ import data
 from companion import gallery
 from companion.experiment import Experiment
 from companion.explorer.live import Explorer
-from companion.explorer.page import SCALES, SHIFTS, grid, measure, normals, page, solve_with, write_explorer
+from companion.explorer.page import (
+    SCALES,
+    SHIFTS,
+    grid,
+    measure,
+    normals,
+    page,
+    solve_with,
+    tips,
+    write_explorer,
+)
+from companion.explorer.small import rounded, shrink
 from companion.files import write_json
 from companion.records import data_of
 from companion.training import model_path
@@ -92,6 +103,39 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_rounded_solver_is_kept_in_eight_bits(tmp_path):
+    solver, path = small_solver(), tmp_path / "solver.onnx"
+    ours = rounded(solver)
+    changed = [not torch.equal(p, q) for p, q in zip(solver.parameters(), ours.parameters())]
+    assert any(changed) and not all(changed)
+    export_onnx(ours, "denoising", path)
+    before = path.stat().st_size
+    y = measure(Denoising(0.2), to_tensor(data.draw_faces(range(1))), 0)
+    inputs = {"y": y, "step_size": ours.step_size, "shrinkage": ours.shrinkage}
+    inputs = {name: value.detach().numpy() for name, value in inputs.items()}
+    of_sixteen = onnxruntime.InferenceSession(path).run(None, inputs)[0]
+    shrink(path)
+    of_eight = onnxruntime.InferenceSession(path).run(None, inputs)[0]
+    weights = sum(p.numel() for p in ours.proxes.parameters() if p.ndim == 4 and p.numel() >= 256)
+    assert before - path.stat().st_size > 0.8 * weights
+    assert np.abs(of_eight - of_sixteen).max() < 1e-3
+    with torch.no_grad():
+        assert np.abs(of_eight[-1:] - ours(y, Denoising(0.2)).numpy()).max() < 1e-3
+
+
+def test_tips_say_what_happens():
+    solver, x = small_solver(), to_tensor(data.draw_faces(range(2)))
+    text = tips(x, ["one", "two"], {"inpainting": ("glow", solver, {})})
+    with torch.no_grad():
+        y = Inpainting(19).A(x[:1])
+        before = psnr(solver(y, Inpainting(19)), x[:1]).item()
+        after = psnr(solve_with(solver, 0 * solver.step_size, solver.shrinkage, y, Inpainting(19)), x[:1])
+        narrow = psnr(solver(Inpainting(12).A(x[:1]), Inpainting(12)), x[:1])
+    assert f"Inpainting from {before:.2f} to {after.item():.2f} dB." in text
+    assert f"Inpainting from {before:.2f} to {narrow.item():.2f} dB (the measurement" in text
+    assert "Noise" not in text and "one" in text
+
+
 def test_normal_numbers():
     values = normals(3, (200_000,))
     assert abs(values.mean()) < 0.01 and abs(values.std() - 1) < 0.01
@@ -132,6 +176,10 @@ def experiment(tmp_path_factory):
             "kind": "solver",
             "experiment": experiment.names,
             "settings_hash": run.settings_hash,
+            "method": run.method,
+            "num_folds": solver.num_folds,
+            "psnr": {"mean": 12.345, "values": [12.345] * 4},
+            "training": {"images_seen": 1234},
         }
         write_json(experiment.directory(run) / "record.json", about | {"data": data_of(experiment)})
     with pytest.MonkeyPatch.context() as patch:
@@ -175,6 +223,8 @@ def test_sliders_move_the_solver(experiment):
     assert explorer.psnr == pytest.approx(before)
     explorer.setting.value = 30  # a larger hole
     assert explorer.psnr["measurement"] < before["measurement"]
+    explorer.reset.click()
+    assert explorer.setting.value == 19 and explorer.psnr == pytest.approx(before)
 
 
 def experiment_image(experiment, index=0):
@@ -265,7 +315,7 @@ def test_a_perfect_measurement_has_an_infinite_psnr(experiment):
     explorer = Explorer(experiment)
     explorer.task.value = "denoising"
     explorer.setting.value = 0
-    assert "∞ dB" in explorer.panels.children[0].children[1].value
+    assert "exact" in explorer.panels.children[0].children[1].value
     for slider in explorer.sliders["λ"]:
         slider.value = -5  # no slider reaches -1, where latents are divided by zero
         assert slider.value > -1

@@ -162,6 +162,14 @@ def test_noise_blur_and_hole(live):
     choose(live, "inpainting")
     move(live, "hole", 30)
     check(live, "inpainting", Inpainting(30), Inpainting(30).A(face()))
+    # The plots follow what is measured now.
+    rows = "document.querySelector('.flow-explorer').explorer.table.rows"
+    row = f"{rows}[{SHIFTS.index(0)}]"
+    live.wait_for_function(f"{row}.filter(Number.isFinite).length === {len(SCALES)}", timeout=60_000)
+    solver, y = load_solver("inpainting"), Inpainting(30).A(face())
+    with torch.no_grad():
+        moved = solve_with(solver, 0.5 * solver.step_size, solver.shrinkage, y, Inpainting(30))
+    assert live.evaluate(f"{row}[{SCALES.index(0.5)}]") == pytest.approx(psnr(moved, face()).item(), abs=0.02)
 
 
 def test_a_mask_is_painted(live):

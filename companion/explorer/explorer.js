@@ -2,6 +2,9 @@
 // the page brings an ONNX solver and onnxruntime-web, the solver itself then takes over, and nothing leaves the browser.
 
 const SIZE = 64, PIXELS = SIZE * SIZE;
+const LARGEST = 1024; // pixels of a photo's shorter side
+// Where aligned CelebA, cropped as data.prepare() crops it, has eyes and mouth: parts of the width and height.
+const EYES = [[0.365, 0.515], [0.63, 0.515]], MOUTH = [0.39, 0.61, 0.79];
 
 // ---- Measurements, number for number as flowlib.explorer makes them ----
 
@@ -100,19 +103,21 @@ async function loadImage(url) {
 
 const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
 // A perfect answer has no error: its PSNR is infinite.
-const decibels = (value) => (Number.isFinite(value) ? `${value.toFixed(2)} dB` : value === Infinity ? "∞ dB" : "not finite");
+const decibels = (value) => (Number.isFinite(value) ? `${value.toFixed(2)} dB` : value === Infinity ? "exact" : "not finite");
 
-// A line plot of PSNR over one slider: hollow mark at the trained value, full one where the sliders are.
+// A line plot of PSNR over one slider: hollow mark at the trained value, full one where the sliders are. What is undefined is
+// not yet known; what is not finite lies on the edge.
 function curve(svg, positions, values, trained, now, label) {
-  const good = [...values, now.y].filter(Number.isFinite), high = Math.max(...good) + 0.5;
-  const low = Math.max(Math.min(...good) - 0.5, high - 16);
+  const good = [...values, now.y].filter(Number.isFinite), high = Math.max(...(good.length ? good : [0])) + 0.5;
+  const low = Math.min(Math.max(Math.min(...good, high) - 0.5, high - 16), high - 3);
   const x = (p) => 34 + 150 * (p - positions[0]) / (positions.at(-1) - positions[0]);
-  const y = (v) => 8 + 70 * (high - Math.max(low, Number.isFinite(v) ? v : low)) / (high - low);
+  const y = (v) => 8 + 70 * (high - Math.min(high, Math.max(low, Number.isNaN(v) ? low : v))) / (high - low);
   const ticks = [high - 0.5, Math.max(low, (high + low) / 2)].map((v) =>
     `<text x="30" y="${y(v) + 3}" text-anchor="end">${v.toFixed(0)}</text><path d="M34 ${y(v)}H184" class="grid"/>`);
   const at = positions.reduce((best, p, i) => (Math.abs(p - trained) < Math.abs(positions[best] - trained) ? i : best), 0);
-  svg.innerHTML = `${ticks.join("")}<polyline points="${positions.map((p, i) => `${x(p)},${y(values[i])}`).join(" ")}"/>
-    <rect class="trained" x="${x(trained) - 6}" y="${y(values[at]) - 6}" width="12" height="12"/>
+  const points = positions.flatMap((p, i) => (values[i] === undefined ? [] : `${x(p)},${y(values[i])}`));
+  const mark = values[at] === undefined ? "" : `<rect class="trained" x="${x(trained) - 6}" y="${y(values[at]) - 6}" width="12" height="12"/>`;
+  svg.innerHTML = `${ticks.join("")}<polyline points="${points.join(" ")}"/>${mark}
     <circle cx="${x(now.x)}" cy="${y(now.y)}" r="4.5"/>
     ${[positions[0], trained, positions.at(-1)].map((p) => `<text x="${x(p)}" y="90" text-anchor="middle">${String(p).replace("-", "−")}</text>`).join("")}
     <text x="109" y="101" text-anchor="middle">${label}</text>`;
@@ -128,7 +133,9 @@ class Explorer {
 
   async start() {
     if (this.config.ort) this.load(this.config.tasks[0]).catch(() => {}); // takes longest, so it goes first
+    this.root.classList.toggle("may-live", !this.barrier());
     this.build();
+    this.setTask(this.config.tasks[0]); // takes its room before anything is loaded
     const strip = await loadImage(this.config.originals);
     this.originals = this.config.labels.map((_, i) => pixels(strip, i * SIZE, 0, SIZE));
     this.thumbnails.forEach((canvas, i) => draw(canvas, this.originals[i]));
@@ -148,28 +155,33 @@ class Explorer {
       node.addEventListener("click", act);
       return node;
     };
-    const slider = (label, range, act, show = () => "") => {
-      const input = element("input", { type: "range", ...range, "aria-label": label });
-      const output = element("output", { textContent: show(range.value) });
-      input.addEventListener("input", () => { output.textContent = show(Number(input.value)); act(Number(input.value)); });
-      return { input, output, row: element("label", { class: "slider" }, element("span", { textContent: label }), input, output) };
+    const slider = (label, range, act, text = () => "") => {
+      const input = element("input", { type: "range", ...range, "aria-label": label }), output = element("output");
+      const show = (words) => { output.textContent = words; input.setAttribute("aria-valuetext", words); };
+      input.addEventListener("input", () => { show(text(Number(input.value))); act(Number(input.value)); });
+      show(text(range.value));
+      return { input, show, row: element("label", { class: "slider" }, element("span", { textContent: label }), input, output) };
     };
     this.slider = slider;
 
     this.taskChoice = element("div", { class: "tasks", role: "radiogroup", "aria-label": "Task" },
-      ...radios("task", config.tasks.map((t) => [t.task, element("span", { textContent: t.label })]), (t) => this.chooseTask(t)));
+      ...radios("task", config.tasks.map((t) => [t.task, element("span", {}, t.label,
+        element("small", { class: "live", textContent: ` ${t.megabytes} MB` }))]), (t) => this.chooseTask(t)));
+    this.about = element("p", { class: "about" });
     this.thumbnails = config.labels.map((label) => newCanvas(label));
     this.imageChoice = element("div", { class: "images", role: "radiogroup", "aria-label": "Image" },
       ...radios("image", this.thumbnails.map((canvas, i) => [i, canvas]), (i) => this.chooseImage(Number(i), true)));
     const file = element("input", { type: "file", accept: "image/*" });
     file.addEventListener("change", () => { this.takePhoto(file.files[0]); file.value = ""; });
     this.own = element("label", { class: "own live" }, "Your photo…", file);
-    root.addEventListener("dragover", (event) => event.preventDefault());
-    root.addEventListener("drop", (event) => { event.preventDefault(); this.takePhoto(event.dataTransfer.files[0]); });
+    const dragging = (over) => (event) => { event.preventDefault(); root.classList.toggle("is-dragging", over); };
+    ["dragover", "dragleave", "drop"].forEach((name) => root.addEventListener(name, dragging(name === "dragover")));
+    root.addEventListener("drop", (event) => this.takePhoto(event.dataTransfer.files[0]));
+    this.buildCrop(button);
 
     this.canvases = { measurement: newCanvas("Measurement"), estimate: newCanvas("Reconstruction"), original: newCanvas("Original") };
     this.captions = { measurement: element("span"), estimate: element("strong"), original: element("span") };
-    const panels = Object.entries(this.canvases).map(([name, canvas]) => element("div", { class: "panel" }, canvas,
+    const panels = Object.entries(this.canvases).map(([name, canvas]) => element("div", { class: `panel ${name}` }, canvas,
       element("div", { class: "caption" }, canvas.getAttribute("aria-label"), element("br"), this.captions[name])));
     this.bindPainting(this.canvases.measurement);
 
@@ -178,7 +190,7 @@ class Explorer {
       mu: slider("step size μ", { min: scales[0], max: scales.at(-1) }, (v) => this.moveAll(v, this.shift)),
       lambda: slider("shrinkage λ", { min: shifts[0], max: shifts.at(-1) }, (v) => this.moveAll(this.scale, v)),
     };
-    this.reset = button("Trained values", () => this.moveAll(1, 0));
+    this.reset = button("Trained values", () => this.restore());
     const svg = () => { const node = document.createElementNS("http://www.w3.org/2000/svg", "svg"); node.setAttribute("viewBox", "0 0 190 106"); return node; };
     this.curves = { mu: svg(), lambda: svg() };
     this.plots = element("div", { class: "curves" }, this.curves.mu, this.curves.lambda);
@@ -187,7 +199,8 @@ class Explorer {
     this.each = element("details", { class: "each live" }, element("summary", { textContent: "Each fold on its own" }));
     this.status = element("p", { class: "status", role: "status" });
     this.button = button;
-    root.replaceChildren(this.taskChoice, element("div", { class: "choices" }, this.imageChoice, this.own), element("div", { class: "panels" }, ...panels),
+    root.replaceChildren(this.taskChoice, this.about, element("div", { class: "choices" }, this.imageChoice, this.own, this.cropAgain),
+      this.cropper, element("div", { class: "panels" }, ...panels),
       this.controls, element("div", { class: "sliders" }, this.common.mu.row, this.common.lambda.row, this.reset),
       this.plots, this.foldStrip, this.each, this.status);
   }
@@ -195,14 +208,8 @@ class Explorer {
   // -- What the reader does
 
   async chooseTask(name) {
-    this.task = this.config.tasks.find((task) => task.task === name);
-    Object.assign(this, { sigma: this.task.sigma, hole: this.task.hole, sigmaB: this.task.sigma_b, seed: this.image, changed: false });
-    this.mask = this.hole ? squareMask(this.hole) : null;
-    this.sprite = null;
-    this.setLive(false, this.config.ort ? "Loading the solver…" : "Loading the grid…");
-    this.buildControls();
-    this.moveAll(1, 0);
-    const task = this.task;
+    const task = this.config.tasks.find((one) => one.task === name);
+    this.setTask(task);
     task.image ??= await loadImage(task.sprite).catch(() => null); // tried again when the task is chosen again
     if (task !== this.task) return;
     this.sprite = task.image;
@@ -211,10 +218,29 @@ class Explorer {
     else this.say(this.note(this.config.reason));
   }
 
+  setTask(task) {
+    Object.assign(this, { task, sprite: null });
+    this.about.textContent = task.about;
+    this.setLive(false, this.config.ort ? `Loading the solver, ${task.megabytes} MB…` : "Loading the grid…");
+    this.buildFolds();
+    this.restore();
+  }
+
+  // The measurement and all scalars as they were trained.
+  restore() {
+    const { task } = this;
+    Object.assign(this, { sigma: task.sigma, hole: task.hole, sigmaB: task.sigma_b, seed: this.image, changed: false });
+    this.mask = this.hole ? squareMask(this.hole) : null;
+    this.buildControls();
+    this.root.classList.toggle("is-paintable", this.live && Boolean(this.mask));
+    this.moveAll(1, 0);
+  }
+
   chooseImage(index, update) {
     this.image = index;
     this.x = this.originals[index];
     Object.assign(this, { seed: index, photo: false });
+    this.cropAgain.hidden = true;
     if (update) this.update();
   }
 
@@ -227,11 +253,66 @@ class Explorer {
     } catch {
       return this.say(`“${file.name}” is no image that this browser can read. Choose a PNG, JPEG or WebP file.`);
     }
-    const side = Math.min(bitmap.width, bitmap.height);
-    this.x = pixels(bitmap, (bitmap.width - side) / 2, (bitmap.height - side) / 2, side);
-    bitmap.close();
+    const shrink = Math.min(1, LARGEST / Math.min(bitmap.width, bitmap.height)); // so that dragging stays smooth
+    const [width, height] = [bitmap.width, bitmap.height].map((v) => Math.max(1, Math.round(v * shrink)));
+    if (shrink < 1) bitmap = await createImageBitmap(bitmap, { resizeWidth: width, resizeHeight: height, resizeQuality: "high" });
+    const side = Math.min(width, height);
     this.photo = true;
+    this.square = { bitmap, side, left: (width - side) / 2, top: (height - side) / 2 };
     this.imageChoice.querySelectorAll("input").forEach((input) => { input.checked = false; });
+    this.cropAgain.hidden = false;
+    this.crop();
+    if (!this.cropper.open) this.cropper.showModal();
+  }
+
+  // -- Which square of a photo
+
+  buildCrop(button) {
+    this.view = element("canvas", { width: 320, height: 320, tabIndex: 0, role: "img",
+      "aria-label": "The square of your photo. Arrow keys move it, plus and minus zoom." });
+    this.zoom = this.slider("zoom", { min: 1, max: 8, step: 0.01, value: 1 }, (v) => this.crop(0, 0, v), (v) => `× ${v.toFixed(2)}`);
+    this.cropAgain = button("Crop…", () => this.cropper.showModal());
+    this.cropAgain.classList.add("live");
+    this.cropAgain.hidden = true;
+    this.cropper = element("dialog", { "aria-label": "Crop your photo" },
+      element("p", { textContent: "Drag and zoom until the eyes lie in the circles and the mouth on the line: so lie the faces that the solvers know." }),
+      this.view, this.zoom.row, button("Done", () => this.cropper.close()));
+    const step = (x, y) => this.crop(x * this.square.side, y * this.square.side), zoomBy = (factor) => this.crop(0, 0, this.zoom.input.value * factor);
+    let from;
+    this.view.addEventListener("pointerdown", (event) => { from = event; this.view.setPointerCapture(event.pointerId); });
+    this.view.addEventListener("pointermove", (event) => {
+      if (!this.view.hasPointerCapture(event.pointerId)) return;
+      step((from.clientX - event.clientX) / this.view.clientWidth, (from.clientY - event.clientY) / this.view.clientHeight);
+      from = event;
+    });
+    this.view.addEventListener("wheel", (event) => { event.preventDefault(); zoomBy(Math.exp(-event.deltaY / 500)); }, { passive: false });
+    const keys = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    this.view.addEventListener("keydown", (event) => {
+      if (keys[event.key]) step(...keys[event.key].map((v) => v / 40));
+      else if ("+=-".includes(event.key)) zoomBy(event.key === "-" ? 1 / 1.1 : 1.1);
+      else return;
+      event.preventDefault();
+    });
+  }
+
+  // Moves the square by so many pixels of the photo, and zooms about its middle.
+  crop(right = 0, down = 0, zoom = null) {
+    const { bitmap, side: before, left, top } = this.square, whole = Math.min(bitmap.width, bitmap.height);
+    const side = zoom === null ? before : whole / Math.min(8, Math.max(1, zoom));
+    const within = (v, length) => Math.min(length - side, Math.max(0, v + (before - side) / 2));
+    this.square = { bitmap, side, left: within(left + right, bitmap.width), top: within(top + down, bitmap.height) };
+    this.zoom.input.value = whole / side;
+    this.zoom.show(`× ${(whole / side).toFixed(2)}`);
+    const context = this.view.getContext("2d"), { width } = this.view;
+    context.fillStyle = "white";
+    context.fillRect(0, 0, width, width);
+    context.drawImage(bitmap, this.square.left, this.square.top, side, side, 0, 0, width, width);
+    const marks = new Path2D();
+    EYES.forEach(([x, y]) => { marks.moveTo((x + 0.06) * width, y * width); marks.arc(x * width, y * width, 0.06 * width, 0, 7); });
+    marks.moveTo(MOUTH[0] * width, MOUTH[2] * width);
+    marks.lineTo(MOUTH[1] * width, MOUTH[2] * width);
+    [["black", 4], ["white", 2]].forEach(([strokeStyle, lineWidth]) => { Object.assign(context, { strokeStyle, lineWidth }); context.stroke(marks); });
+    this.x = pixels(bitmap, this.square.left, this.square.top, side);
     this.update();
   }
 
@@ -280,6 +361,10 @@ class Explorer {
     };
     this.restoring = false;
     this.controls.replaceChildren(...rows[task.task]());
+  }
+
+  buildFolds() {
+    const { task, slider } = this;
     this.folds = task.mu.map((_, k) => ({ canvas: newCanvas(`Image after fold ${k + 1}`), caption: element("span") }));
     this.foldStrip.replaceChildren(...this.folds.map(({ canvas, caption }, k) =>
       element("div", { class: "panel" }, canvas, element("div", { class: "caption" }, `fold ${k + 1}`, element("br"), caption))));
@@ -311,26 +396,36 @@ class Explorer {
   update() {
     if (!this.task || !this.x) return;
     this.generation++;
-    this.y = this.measure();
+    this.moved = performance.now();
+    const { x, photo, changed } = this, { shifts } = this.config, y = this.measure();
+    if (x !== this.table?.x || !y.every((v, i) => v === this.y[i])) // PSNR at the grid's positions: known, or to be found
+      this.table = { x, rows: photo || changed ? shifts.map(() => []) : this.task.psnr[this.image].map((row) => row.map((v) => v ?? NaN)) };
+    this.y = y;
     draw(this.canvases.measurement, this.y);
     draw(this.canvases.original, this.x);
     this.captions.measurement.textContent = decibels(psnr(this.y, this.x));
     this.captions.original.textContent = this.photo ? "your photo" : this.config.labels[this.image];
     this.showSliders();
+    this.root.classList.toggle("is-waiting", this.live);
     if (this.live) this.solve();
     else if (this.sprite && !this.photo && !this.changed) this.showGrid();
     else this.clear();
   }
 
   showSliders() {
-    const { mu, lambda } = this.common, mean = (v) => v.reduce((a, b) => a + b) / v.length;
+    const { mu, lambda } = this.common, minus = (text) => text.replace("-", "−"), { task } = this;
+    const folds = (values, common) => { // those that were moved on their own, or all as one number
+      const moved = values.flatMap((v, k) => (Math.abs(v - common[k]) > 1e-9 ? [k] : []));
+      if (!moved.length) return ` (mean ${minus((values.reduce((a, b) => a + b) / values.length).toFixed(3))})`;
+      return moved.length > 1 ? `, folds ${moved.map((k) => k + 1).join(" ")} moved` : `, fold ${moved[0] + 1} at ${minus(values[moved[0]].toFixed(3))}`;
+    };
     const free = this.live ? [0.01, 0.005] : [this.config.scales[1] - this.config.scales[0], this.config.shifts[1] - this.config.shifts[0]];
     [[mu, this.scale, free[0]], [lambda, this.shift, free[1]]].forEach(([s, value, step]) => { s.input.step = step; s.input.value = value; });
-    mu.output.textContent = `× ${this.scale.toFixed(2)} (mean ${mean(this.mu).toFixed(2)})`;
-    lambda.output.textContent = `${signed(this.shift, 3)} (mean ${mean(this.lambda).toFixed(3).replace("-", "−")})`;
+    mu.show(`× ${this.scale.toFixed(2)}${folds(this.mu, task.mu.map((v) => v * this.scale))}`);
+    lambda.show(`${signed(this.shift, 3)}${folds(this.lambda, task.lambda.map((v) => v + this.shift))}`);
     this.foldSliders.forEach((pair, k) => ["mu", "lambda"].forEach((kind) => {
       pair[kind].input.value = this[kind][k];
-      pair[kind].output.textContent = this[kind][k].toFixed(3).replace("-", "−");
+      pair[kind].show(minus(this[kind][k].toFixed(3)));
     }));
   }
 
@@ -352,60 +447,92 @@ class Explorer {
     this.result = null;
     [this.canvases.estimate, ...this.folds.map((fold) => fold.canvas)].forEach((canvas) => canvas.getContext("2d").clearRect(0, 0, SIZE, SIZE));
     [this.captions.estimate, ...this.folds.map((fold) => fold.caption)].forEach((caption) => { caption.textContent = "–"; });
-    this.plots.hidden = true;
+    this.plots.classList.add("is-empty");
   }
 
   showQuality(value) {
-    const { scales, shifts } = this.config, table = this.task.psnr[this.image].map((line) => line.map((v) => v ?? NaN));
-    const [row, column] = this.position(), known = !this.photo && !this.changed;
-    const trained = table[shifts.indexOf(0)][scales.indexOf(1)];
-    this.captions.estimate.textContent = decibels(value);
-    this.plots.hidden = !known;
     this.value = value;
-    if (!known) return;
-    if (Math.abs(value - trained) >= 0.005) this.captions.estimate.textContent += ` (${signed(value - trained, 2)})`;
-    curve(this.curves.mu, scales, table[row], 1, { x: this.scale, y: value }, "PSNR, dB, over the factor of μ");
-    curve(this.curves.lambda, shifts, table.map((line) => line[column]), 0, { x: this.shift, y: value }, "PSNR, dB, over the shift of λ");
+    this.showCurves();
   }
 
+  showCurves() {
+    const { scales, shifts } = this.config, { rows } = this.table, [row, column] = this.position(), { value } = this;
+    const difference = value - rows[shifts.indexOf(0)][scales.indexOf(1)];
+    this.captions.estimate.textContent = decibels(value) + (Math.abs(difference) >= 0.005 && Number.isFinite(difference) ? ` (${signed(difference, 2)})` : "");
+    this.plots.classList.remove("is-empty");
+    curve(this.curves.mu, scales, scales.map((_, i) => rows[row][i]), 1, { x: this.scale, y: value }, "PSNR, dB, over the factor of μ");
+    curve(this.curves.lambda, shifts, rows.map((line) => line[column]), 0, { x: this.shift, y: value }, "PSNR, dB, over the shift of λ");
+  }
+
+  // The answer to what is shown, with what the sliders say; then the plots' points, while nothing moves.
   async solve() {
     if (this.busy) return;
     this.busy = true;
-    const { generation, task, ort } = this, started = performance.now();
     try {
-      const tensor = (values, shape) => new ort.Tensor("float32", Float32Array.from(values), shape), K = task.mu.length;
-      const feeds = { y: tensor(this.y, [1, 3, SIZE, SIZE]), step_size: tensor(this.mu, [K]), shrinkage: tensor(this.lambda, [K]) };
-      for (const [name, [values, shape]] of Object.entries(this.operatorData())) feeds[name] = tensor(values, shape);
-      const { folds, latent_norms: norms } = await (await this.sessions[task.task]).run(feeds);
-      if (task === this.task && this.live) this.showFolds(folds.data, norms.data, generation, performance.now() - started);
+      while (this.live && (this.result?.generation !== this.generation ? await this.answer() : await this.findPoint()));
     } catch (error) {
       this.setLive(false, this.note(error.message ?? error));
       this.update();
     }
     this.busy = false;
-    if (this.live && generation !== this.generation) this.solve();
+  }
+
+  async run(mu, lambda) {
+    const { ort, task } = this, tensor = (values, shape) => new ort.Tensor("float32", Float32Array.from(values), shape), K = mu.length;
+    const feeds = { y: tensor(this.y, [1, 3, SIZE, SIZE]), step_size: tensor(mu, [K]), shrinkage: tensor(lambda, [K]) };
+    for (const [name, [values, shape]] of Object.entries(this.operatorData())) feeds[name] = tensor(values, shape);
+    return (await this.sessions[task.task]).run(feeds);
+  }
+
+  async answer() {
+    const { generation, task, x } = this, started = performance.now();
+    const { folds, latent_norms: norms } = await this.run(this.mu, this.lambda);
+    if (task === this.task && x === this.x && this.live) this.showFolds(folds.data, norms.data, generation, performance.now() - started);
+    return true;
+  }
+
+  // One point of the plots that is not known yet; false where there is none.
+  async findPoint() {
+    const { generation, task, table, config: { scales, shifts } } = this, [row, column] = this.position();
+    const wanted = [[shifts.indexOf(0), scales.indexOf(1)], ...scales.map((_, j) => [row, j]), ...shifts.map((_, i) => [i, column])];
+    const next = wanted.find(([i, j]) => table.rows[i][j] === undefined), wait = this.moved + 300 - performance.now();
+    if (!next) return false;
+    if (wait > 0) await new Promise((resolve) => setTimeout(resolve, wait)); // else a moving slider would wait for it
+    if (generation !== this.generation) return true;
+    const [i, j] = next;
+    const { folds } = await this.run(task.mu.map((v) => v * scales[j]), task.lambda.map((v) => v + shifts[i]));
+    table.rows[i][j] = psnr(folds.data.subarray(-3 * PIXELS), table.x);
+    if (generation === this.generation) this.showCurves();
+    return true;
   }
 
   showFolds(folds, norms, generation, milliseconds) {
     const images = this.folds.map((_, k) => folds.subarray(3 * PIXELS * k, 3 * PIXELS * (k + 1)));
     this.folds.forEach(({ canvas, caption }, k) => {
       draw(canvas, images[k]);
-      caption.textContent = `${decibels(psnr(images[k], this.x))}, ‖z̃‖ ${norms[k].toFixed(0)}`;
+      caption.replaceChildren(decibels(psnr(images[k], this.x)), element("br"), `‖z̃‖ ${norms[k].toFixed(0)}`);
     });
     draw(this.canvases.estimate, images.at(-1));
     this.showQuality(psnr(images.at(-1), this.x));
     this.result = { folds, norms, generation, milliseconds };
+    this.root.classList.toggle("is-waiting", generation !== this.generation);
     this.say(`Live: the solver runs in your browser, ${milliseconds.toFixed(0)} ms for this image. Nothing you load leaves it.`);
   }
 
   // -- From the grid to the live solver
 
+  // Why this page cannot run a solver, where that is known beforehand.
+  barrier() {
+    if (!this.config.ort) return this.config.reason;
+    if (typeof WebAssembly === "undefined") return "this browser has no WebAssembly";
+    return location.protocol === "file:" ? "a page opened as a file may not load it; serve the folder over http" : null;
+  }
+
   // The session of a task's solver, fetched once.
   load(task) {
     const address = (path) => new URL(path, document.baseURI).href, { ort } = this.config;
     return this.sessions[task.task] ??= (async () => {
-      if (typeof WebAssembly === "undefined") throw new Error("this browser has no WebAssembly");
-      if (location.protocol === "file:") throw new Error("a page opened as a file may not load it; serve the folder over http");
+      if (this.barrier()) throw new Error(this.barrier());
       this.ort = await import(address(ort));
       Object.assign(this.ort.env.wasm, { numThreads: 1, proxy: true, wasmPaths: address(ort).replace(/[^/]*$/, "") });
       // The graph is as it should be: optimising it takes longer than it saves.
@@ -419,8 +546,9 @@ class Explorer {
       await this.load(task);
     } catch (error) {
       delete this.sessions[task.task]; // tried again when the task is chosen again
-      if (task === this.task) this.say(this.note(error.message ?? error));
-      return;
+      if (task !== this.task) return;
+      this.root.classList.remove("may-live");
+      return this.say(this.note(error.message ?? error));
     }
     if (task !== this.task) return;
     this.setLive(true, "Live.");
@@ -435,6 +563,7 @@ class Explorer {
   setLive(live, message) {
     this.live = live;
     this.root.classList.toggle("is-live", live);
+    if (live) this.root.classList.add("may-live");
     this.root.classList.toggle("is-paintable", live && Boolean(this.mask));
     this.say(message);
   }

@@ -109,8 +109,7 @@ class Explorer(widgets.VBox):
 
     def _choose_task(self, _=None):
         name, (low, high, step), _ = SETTINGS[TASKS[self.task.value].kind]
-        parameters = TASKS[self.task.value].parameters
-        trained = next(value for key, value in parameters.items() if key in ("sigma", "mask_size", "sigma_b"))
+        trained = self._trained_setting()
         with self._hold():
             # A slider refuses bounds that its value does not fit, so they are opened first.
             self.setting.min, self.setting.max = min(low, self.setting.value), max(high, self.setting.value)
@@ -126,6 +125,10 @@ class Explorer(widgets.VBox):
             self.method.options = [(METHODS[m].label, m) for m in methods]
             self.method.value = next((m for m in methods if METHODS[m].network == "glow"), methods[0])
         self._choose_method()
+
+    def _trained_setting(self):
+        parameters = TASKS[self.task.value].parameters
+        return next(value for key, value in parameters.items() if key in ("sigma", "mask_size", "sigma_b"))
 
     def _choose_method(self, _=None):
         if self._held:
@@ -155,7 +158,9 @@ class Explorer(widgets.VBox):
         for slider in sum(self.sliders.values(), []):
             slider.observe(self._changed, "value")
         self.folds.children = [widgets.HBox([widgets.VBox(column) for column in self.sliders.values()])]
-        self._reset()
+        with self._hold():
+            self.scale.value, self.shift.value = 1, 0
+        self._move_all()
 
     def _choose_image(self, _=None):
         if self._held:
@@ -193,8 +198,10 @@ class Explorer(widgets.VBox):
         self._changed()
 
     def _reset(self, _=None):
+        """The measurement and all scalars as they were trained."""
+        self._noise = 0
         with self._hold():
-            self.scale.value, self.shift.value = 1, 0
+            self.scale.value, self.shift.value, self.setting.value = 1, 0, self._trained_setting()
         self._move_all()
 
     def _move_all(self, _=None):
@@ -259,7 +266,7 @@ class Explorer(widgets.VBox):
 
 def decibels(value):
     """As text; a perfect answer has no error, and an infinite PSNR."""
-    return f"{value:.2f} dB" if math.isfinite(value) else "∞ dB" if value > 0 else "not finite"
+    return f"{value:.2f} dB" if math.isfinite(value) else "exact" if value > 0 else "not finite"
 
 
 def _png(array):

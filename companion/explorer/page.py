@@ -18,10 +18,11 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from companion import gallery
+from companion.explorer.small import rounded, shrink
 from companion.figures import pixels
 from companion.files import write_json
-from companion.runs import is_finished, load
-from companion.settings import TASKS
+from companion.runs import is_finished, load, records_of_build
+from companion.settings import METHODS, TASKS
 from companion.training import model_path
 from data.portraits import BOXES
 from flowlib.export import export_onnx
@@ -75,22 +76,74 @@ def grid(solver, operator, x, seed=0):
 
 
 def shown(experiment):
-    """(images, labels, names of the experiment, {task: (method, solver)}): the two real faces with the flow
-    solvers that are kept with the code, or, where none is, this build's own with its first test images."""
+    """(images, labels, names of the experiment, {task: (method, solver, record)}): the two real faces with
+    the flow solvers that are kept with the code, or, where none is, this build's own with its first test
+    images; weights rounded as the page has them."""
     solvers, names = {}, experiment.names
     for task in SHOWN:
         of_task = gallery.kept_records(task)
         method = next((m for m in SHOWN[task] if m in of_task), None)
         if method:
-            solvers[task], names = (method, gallery.solver(of_task[method])), of_task[method]["experiment"]
+            record = of_task[method]
+            solvers[task], names = (method, rounded(gallery.solver(record)), record), record["experiment"]
     if solvers:
         return gallery.faces(), list(BOXES), names, solvers
+    records = {record["name"]: record for record in records_of_build(experiment)}
     for task, methods in SHOWN.items():
         for run in (experiment.solver(task, method) for method in methods):
             if is_finished(experiment, run) and model_path(experiment, run).exists():  # trained, not diverged
-                solvers.setdefault(task, (run.method, load(experiment, run)))
+                own = (run.method, rounded(load(experiment, run)), records[run.name])
+                solvers.setdefault(task, own)
     images = to_tensor(experiment.split("test")[:NUM_IMAGES])
     return images, [f"test image {i + 1}" for i in range(len(images))], names, solvers
+
+
+def about(record):
+    """What runs for a task, in a line: method, training, PSNR on test images."""
+    data, training = record["data"], record["training"]
+    name = {"celeba": "CelebA", "synthetic": "drawn faces"}.get(data["name"], data["name"])
+    return (
+        f"{METHODS[record['method']].label}, {record['num_folds']} folds, weights in 8 bits; trained on"
+        f" {name} ({data['split']['train']:,} images, {training['images_seen']:,} seen with repeats):"
+        f" {record['psnr']['mean']:.2f} dB on {len(record['psnr']['values'])} test images."
+    )
+
+
+# What is worth trying: what to say, the tasks, and where the sliders go.
+TIPS = (
+    ("**Too small a step**, μ × 0: no measurement enters; this is the prior's own.", {"scale": 0}),
+    ("**Too large a step**, μ × 2: folds correct by twice what they were trained to.", {"scale": 2}),
+    ("**Less shrinkage**, λ − 0.2: below zero, latents move *away* from the likeliest.", {"shift": -0.2}),
+    ("**A hole that was not trained for**, 12 pixels wide, with more pixels measured.", {"mask_size": 12}),
+    ("**Noise that was not trained for**, σ = 0.1: less of it.", {"sigma": 0.1}),
+)
+
+
+@torch.no_grad()
+def tips(images, labels, solvers):
+    """Markdown: what is worth trying on the page, and what it does to the PSNR of the first image there."""
+    x, lines = images[:1], []
+    for text, move in TIPS:
+        changes, found = {k: v for k, v in move.items() if k not in ("scale", "shift")}, []
+        for task, (_, solver, _) in solvers.items():
+            if not changes.keys() <= TASKS[task].parameters.keys():
+                continue
+            scalars = solver.step_size * move.get("scale", 1), solver.shrinkage + move.get("shift", 0)
+            trained, moved = TASKS[task].make_operator(64), TASKS[task].make_operator(64, **changes)
+            y = measure(trained, x, 0), measure(moved, x, 0)
+            before = psnr(solver(y[0], trained), x).item()
+            after = psnr(solve_with(solver, *scalars, y[1], moved), x).item()
+            change = (
+                f"from {before:.2f} to {after:.2f} dB".replace("-", "−")
+                if np.isfinite(after)
+                else "to what is not finite"
+            )
+            measured = f" (the measurement itself: {psnr(y[1], x).item():.2f} dB)" if changes else ""
+            found.append(f"{task} {change}{measured}")
+        if found:
+            text_found = "; ".join(found)
+            lines.append(f"- {text} {text_found[0].upper()}{text_found[1:]}.")
+    return "\n".join([f"Things to try, with what they do to {labels[0]}:", "", *lines])
 
 
 def write_explorer(experiment):
@@ -98,7 +151,7 @@ def write_explorer(experiment):
     (onnx), and config.json with all numbers. Raises FileNotFoundError where no solver is trained."""
     out, tasks = experiment.build / "explorer", []
     images, labels, names, solvers = shown(experiment)
-    for task, (method, solver) in solvers.items():
+    for task, (method, solver, record) in solvers.items():
         operator = TASKS[task].make_operator(images.shape[-1])
         answers = torch.stack(
             [
@@ -113,11 +166,14 @@ def write_explorer(experiment):
         # Colours at full resolution: where the solver falls apart they are noise from pixel to pixel.
         _write_image(out / f"{task}.jpeg", np.concatenate(rows), quality=93, subsampling=0)
         export_onnx(solver, task, out / f"{task}.onnx")
+        shrink(out / f"{task}.onnx")
         tasks.append(
             {
                 "task": task,
                 "label": TASKS[task].kind.capitalize() + " (noise-trained flow)" * (method == "glow-noisy"),
                 "method": method,
+                "about": about(record),
+                "megabytes": round((out / f"{task}.onnx").stat().st_size / 1e6, 1),
                 "sprite": f"{task}.jpeg",
                 "onnx": f"{task}.onnx",
                 "mu": solver.step_size.tolist(),
@@ -141,6 +197,7 @@ def write_explorer(experiment):
             "scales": SCALES,
             "shifts": SHIFTS,
             "labels": labels,
+            "tips": tips(images, labels, solvers),
             "experiment": names,
         },
     )
@@ -183,21 +240,22 @@ def _config(folder):
 
 def page(folder, address, ort=None):
     """HTML of the explorer for a static page. folder: what write_explorer wrote; address: where the page
-    finds these files; ort: where it finds onnxruntime-web's module, None if it does not. Scripts are inline,
-    so that it works from file:// too."""
+    finds these files; ort: where it finds onnxruntime-web's module, None if it does not. The script is
+    inline, so that it works from file:// too, and no module, so that it runs where it stands and nothing
+    below moves."""
     config = _config(Path(folder)) | {"ort": ort, "reason": "this book was built without npm"}
     for task in config["tasks"]:
         task |= {key: f"{address}/{task[key]}" for key in ("sprite", "onnx")}
     text = json.dumps(config).replace("<", "\\u003c")
     place = f"flow-explorer-place-{next(_places)}"
-    script = (HERE / "explorer.js").read_text(encoding="utf-8")
+    script = (HERE / "explorer.js").read_text(encoding="utf-8").replace("export default { render };", "")
     return (
         f"<style>{(HERE / 'explorer.css').read_text(encoding='utf-8')}</style>"
         f'<div id="{place}"><noscript>This explorer needs JavaScript. '
         "The figures below show its grids.</noscript></div>"
-        f'<script type="module" async>{script}\n'
+        f"<script>(() => {{ {script}\n"
         f"render({{ model: {{ get: () => ({text}) }}, "
-        f'el: document.getElementById("{place}") }});</script>'
+        f'el: document.getElementById("{place}") }}); }})();</script>'
     )
 
 
