@@ -19,7 +19,9 @@ FORMULA = re.compile(
     r"(?:\\\((?P<inline>.+?)\\\)|\\\[(?P<display>.+?)\\\]|(?P<raw>\\begin\{(\w+\*?)\}.+?\\end\{\5\}))",
     re.DOTALL,
 )
-SCRIPTS = re.compile(rf"<script>window\.MathJax = .*?</script>\s*|<script [^>]*{re.escape(IN_BROWSER)}[^>]*></script>\s*")
+SCRIPTS = re.compile(
+    rf"<script>window\.MathJax = .*?</script>\s*|<script [^>]*{re.escape(IN_BROWSER)}[^>]*></script>\s*"
+)
 
 
 def serve_mathjax(app, config):
@@ -53,7 +55,8 @@ def typeset(app, exception):
         if not SCRIPTS.search(text):
             continue
         up = "../" * (len(path.relative_to(root).parts) - 1)
-        sheet = f'<link rel="stylesheet" href="{up}_static/mathematics/mathematics.css" />\n' * bool(FORMULA.search(text))
+        sheet = f'<link rel="stylesheet" href="{up}_static/mathematics/mathematics.css" />\n'
+        sheet *= bool(FORMULA.search(text))
         text = FORMULA.sub(lambda found: found[1] + html[formula(found)], text)
         path.write_text(SCRIPTS.sub("", text).replace("</head>", sheet + "</head>", 1), "utf-8")
 

@@ -1,4 +1,4 @@
-"""What each page has beside its text: a description, buttons that fit, images that load when they are looked at."""
+"""What a page has beside its text: a description, buttons that fit, images that load when they are seen."""
 
 import re
 from html import escape
@@ -7,8 +7,6 @@ from textwrap import shorten
 
 import imagesize
 from docutils import nodes
-
-BOOK_PDF = "flowlib-book.pdf"  # companion/pdf.py prints it before the pages are written
 
 
 def show_buttons_with_a_repository(app, config):
@@ -21,21 +19,16 @@ def show_buttons_with_a_repository(app, config):
 
 
 def fit_buttons(app, page, template, context, doctree):
-    """Launch the notebook that a page is made from: in_distribution.ipynb for in_distribution-denoising. And
-    offer the whole book beside the page."""
+    """Launch the notebook that a page is made from: in_distribution.ipynb for in_distribution-denoising."""
     for button in context.get("header_buttons", []):
         if button.get("label") == "launch-buttons":
             for launch in button["buttons"]:
                 launch["url"] = re.sub(r"(notebooks/\w+)-\w+\.ipynb", r"\1.ipynb", launch["url"])
-        if button.get("label") == "download-buttons" and (Path(app.srcdir) / "extra" / BOOK_PDF).exists():
-            whole = {"type": "link", "url": context["pathto"](BOOK_PDF, 1), "icon": "fas fa-file-pdf"}
-            whole |= {"text": "The whole book, .pdf", "tooltip": "Download the whole book"}
-            button["buttons"].append(whole)
 
 
 def describe(app, page, template, context, doctree):
-    """A title and a description that no other page has: the name in the contents, and the first words. Pages that
-    are made from one notebook share its heading."""
+    """A title and a description that no other page has: the name in the contents, and the first words.
+    Pages that are made from one notebook share its heading."""
     item = app.env.external_site_map.get(page)
     if item and item.title:
         context["title"] = item.title
@@ -63,12 +56,10 @@ def load_images_late(app, page, template, context, doctree):
 
 
 def correct_roles(app, page, template, context, doctree):
-    """docutils writes a role that browsers no longer know, and tables that a keyboard cannot scroll."""
-    body = context.get("body") or ""
-    body = body.replace('role="doc-biblioentry"', 'role="listitem"')
-    context["body"] = body.replace(
-        '<div class="pst-scrollable-table-container">', '<div class="pst-scrollable-table-container" tabindex="0">'
-    )
+    """docutils writes a role that ARIA has given up, the theme tables that a keyboard cannot scroll."""
+    body = (context.get("body") or "").replace('role="doc-biblioentry"', 'role="listitem"')
+    container = '<div class="pst-scrollable-table-container"'
+    context["body"] = body.replace(container, f'{container} tabindex="0"')
 
 
 def setup(app):
