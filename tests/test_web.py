@@ -69,7 +69,7 @@ def test_no_page_is_heavy(browser, site, names):
             "Network.loadingFinished", lambda event, sizes=sizes: sizes.append(event["encodedDataLength"])
         )
         page.goto(site + name, wait_until="load")
-        page.wait_for_load_state("networkidle")
+        page.wait_for_load_state("networkidle", timeout=90_000)
         weights[name] = sum(sizes)
         context.close()
     assert {name: size for name, size in weights.items() if size > 1.5e6} == {}
@@ -156,7 +156,7 @@ def test_the_book_works_under_any_path(browser, html, tmp_path):
         ):
             page.goto(address + path)
             page.wait_for_selector("article h1")
-            page.wait_for_load_state("networkidle")
+            page.wait_for_load_state("networkidle", timeout=90_000)
         page.goto(address)
         page.wait_for_url(address + "book/index.html")
         page.close()

@@ -29,14 +29,16 @@ def fit_buttons(app, page, template, context, doctree):
 def describe(app, page, template, context, doctree):
     """A title and a description that no other page has: the name in the contents, and the first words.
     Pages that are made from one notebook share its heading."""
-    item = app.env.external_site_map.get(page)
+    item, titles = app.env.external_site_map.get(page), app.env.titles
     if item and item.title:
         context["title"] = item.title
     if 'name="description"' in (context.get("metatags") or ""):
         return
+    name = (item and item.title) or (titles[page].astext() if page in titles else page)
     paragraphs = doctree.findall(nodes.paragraph) if doctree else []
-    first = next((p.astext() for p in paragraphs if isinstance(p.parent, nodes.section)), app.config.project)
-    text = escape(shorten(f"{context.get('title')}: {first}", 160, placeholder=" …"))
+    book = titles[app.config.root_doc].astext()
+    first = next((p.astext() for p in paragraphs if isinstance(p.parent, nodes.section)), book)
+    text = escape(shorten(f"{name}: {first}", 160, placeholder=" …"))
     context["metatags"] = (context.get("metatags") or "") + f'<meta name="description" content="{text}" />'
 
 
