@@ -36,7 +36,7 @@ def write_icons(app):
         points |= {point[1]} if point else set()
         if "@font-face" not in selectors:
             rules.append(selectors + body)
-        elif "Awesome\\ 6" in body:  # not the names that earlier versions had
+        elif "Awesome\\ " in body:  # by the names of versions 5 and 6, which the themes use
             body = re.sub(r"url\(\.\./webfonts/([\w-]+)\.woff2\).*(?=\})", r"url(\1.woff)", body)
             rules.append(selectors + body)
     (folder / "icons.css").write_text("".join(rules), "utf-8")

@@ -58,8 +58,10 @@ def load_images_late(app, page, template, context, doctree):
 
 
 def correct_roles(app, page, template, context, doctree):
-    """docutils writes a role that ARIA has given up, the theme tables that a keyboard cannot scroll."""
+    """docutils writes a role that ARIA has given up, MyST-NB a label that hides what is to be read, the theme
+    tables that a keyboard cannot scroll."""
     body = (context.get("body") or "").replace('role="doc-biblioentry"', 'role="listitem"')
+    body = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
     container = '<div class="pst-scrollable-table-container"'
     context["body"] = body.replace(container, f'{container} tabindex="0"')
 
