@@ -94,7 +94,7 @@ def test_tables_are_not_cut(browser, site, names, width):
     cut = {}
     for name in names:
         page.goto(site + name, wait_until="load")
-        page.wait_for_selector("article h1")
+        page.wait_for_selector("main h1")
         cut[name] = page.evaluate(CUT)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
     context.close()
@@ -126,7 +126,7 @@ def test_axe_finds_nothing_serious(browser, site, names, axe, theme):
     found = []
     for name in names:
         page.goto(site + name, wait_until="load")
-        page.wait_for_selector("article h1")
+        page.wait_for_selector("main h1")
         page.evaluate(axe)
         for rule in page.evaluate("axe.run({resultTypes: ['violations']})")["violations"]:
             if rule["impact"] in ("serious", "critical"):
@@ -155,7 +155,7 @@ def test_the_book_works_under_any_path(browser, html, tmp_path):
             "search.html",
         ):
             page.goto(address + path)
-            page.wait_for_selector("article h1")
+            page.wait_for_selector("main h1")
             page.wait_for_load_state("networkidle", timeout=90_000)
         page.goto(address)
         page.wait_for_url(address + "book/index.html")
