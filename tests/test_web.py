@@ -92,7 +92,7 @@ def test_tables_are_not_cut(browser, site, names, width):
     context = browser.new_context(viewport={"width": width, "height": 900})
     page = context.new_page()
     cut = {}
-    for name in names:
+    for name in set(names) - {"index.html"}:  # which only forwards
         page.goto(site + name, wait_until="load")
         page.wait_for_selector("main h1")
         cut[name] = page.evaluate(CUT)
@@ -124,7 +124,7 @@ def test_axe_finds_nothing_serious(browser, site, names, axe, theme):
     context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=theme)
     page = context.new_page()
     found = []
-    for name in names:
+    for name in set(names) - {"index.html"}:  # which only forwards
         page.goto(site + name, wait_until="load")
         page.wait_for_selector("main h1")
         page.evaluate(axe)
