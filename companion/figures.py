@@ -330,21 +330,24 @@ def blur_evidence(rows):
 
 def html_table(rows, caption, sortable=False):
     """A list of dicts with the same keys as a table for IPython.display.HTML; alike in Lab and in the book.
-    Cells may be tables.Link. sortable: by a click on a heading, with a field to filter by, in the book."""
+    Cells may be tables.Link. sortable: by a click on a heading, with a field to filter by, in the book. Many
+    columns reach into the page's margin there."""
     if not rows:
         return f"<p>{html.escape(caption)} No run is recorded yet.</p>"
 
     def cell(tag, value):
         text = anchor(value) if isinstance(value, Link) else html.escape(str(value))
         wrap = "nowrap" if len(str(value)) < 18 else "normal; min-width: 8rem"
+        wrap = "normal" if tag == "th" else wrap
         return f'<{tag} style="text-align: left; white-space: {wrap}">{text}</{tag}>'
 
     def line(tag, values):
         return f"<tr>{''.join(cell(tag, value) for value in values)}</tr>"
 
     body = "".join(line("td", row.values()) for row in rows)
+    classes = "table dataframe" + " sortable" * sortable + " full-width" * (len(rows[0]) > 7)
     return (
-        f'<table class="table dataframe{" sortable" * sortable}"><caption><span class="caption-text">'
+        f'<table class="{classes}"><caption><span class="caption-text">'
         f"{html.escape(caption)}</span></caption>"
         f"<thead>{line('th', rows[0])}</thead><tbody>{body}</tbody></table>"
     )
@@ -410,12 +413,12 @@ def every_run(task, edition, records):
     return [
         {
             "Method": METHODS[r["method"]].label,
+            "Ours, dB": plus_minus(r["psnr"]),
             "Profile": r["experiment"]["profile"],
             "Parameters a fold": f"{r['num_parameters']:,}",
             "Images seen": f"{r['training']['images_seen']:,}",
             "Minutes": f"{minutes(r['training']):.1f}",
             "On": machine(r),
-            "Ours, dB": plus_minus(r["psnr"]),
             "Record": record_of(r),
         }
         for r in sorted(here, key=lambda r: -r["psnr"]["mean"])

@@ -318,13 +318,13 @@ def costs(task, records):
     return [
         {
             "Method": METHODS[r["method"]].label,
+            "Ours, dB": plus_minus(r["psnr"]),
             "Parameters a fold": f"{r['num_parameters']:,}",
             "GFLOP an image": f"{r['gflop_per_image']:.2f}" if "gflop_per_image" in r else "–",
             "ms an image": f"{r['milliseconds_per_image']:.1f}",
             "Training": f"{minutes(r['training']):.1f} min",
             "On": machine(r),
             "Images seen": f"{r['training']['images_seen']:,}",
-            "Ours, dB": plus_minus(r["psnr"]),
         }
         for r in records
         if r["kind"] == "solver" and r["task"] == task
