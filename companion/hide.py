@@ -1,15 +1,27 @@
-"""Copies an executed notebook; the parameters that papermill put into it will not be on the book's page:
-python -m companion.hide executed.ipynb page.ipynb"""
+"""Copies an executed notebook for the book: the parameters that papermill put into it will not be on its
+page, and who downloads it alone is told what it needs: python -m companion.hide executed.ipynb page.ipynb"""
 
 import sys
 
 import nbformat
+
+NEEDS = """
+
+from importlib.util import find_spec
+
+if not (find_spec("companion") and find_spec("flowlib")):
+    raise ModuleNotFoundError(
+        "This notebook is a page of the flowlib book and needs the whole project, not this file alone: "
+        "get the project, run `make environment` in its folder, and open the notebook with `make lab`."
+    )"""
 
 
 def main(source, target):
     notebook = nbformat.read(source, as_version=4)
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
+        if "parameters" in tags:
+            cell.source += NEEDS
         if "injected-parameters" in tags and "remove-cell" not in tags:
             cell.metadata["tags"] = [*tags, "remove-cell"]
     nbformat.write(notebook, target)
