@@ -1,6 +1,6 @@
 # From nothing to the book: prepare -> execute the notebooks, which train what is missing -> tabulate -> stage -> book.
 # `make book` calls this file. One more way: snakemake --cores all --config profile=cpu dataset=celeba
-# On a cluster, trainings are the notebooks' jobs: snakemake --executor slurm --jobs 9 --config profile=paper dataset=celeba
+# On a cluster, trainings are the notebooks' jobs: snakemake --profile profiles/slurm --config profile=paper dataset=celeba
 import os
 import shlex
 import shutil
