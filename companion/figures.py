@@ -13,7 +13,7 @@ import torch
 from IPython.display import SVG
 from matplotlib.ticker import MaxNLocator
 
-from companion.settings import EDITION_WORDS, METHODS, TASKS, in_words
+from companion.settings import EDITION_WORDS, METHODS, TASKS, in_few_words, in_words
 from companion.tables import (
     PAPER_TABLES,
     Link,
@@ -548,9 +548,10 @@ def _orders(records, name, edition, task, of_paper):
     return found + [f"{METHODS[r['method']].short} diverged" for r in records if r["kind"] == "failed"]
 
 
-def answer(name, edition, task, kept, here):
+def answer(name, edition, task, kept, here, told=in_few_words):
     """Sentences, from the records alone: how the methods that one of the paper's tables compares stand to one
-    another for a task, in the recorded runs with a verdict (on photographs), in those just made without."""
+    another for a task, in the recorded runs with a verdict (on photographs), in those just made without.
+    told: says what a record's experiment was run on."""
     known = {(r["settings_hash"], r["data"]["pixels_sha256"]) for r in kept if r["kind"] == "solver"}
     solved = [r for r in here if r["kind"] == "solver"]
     same = solved and all((r["settings_hash"], r["data"]["pixels_sha256"]) in known for r in solved)
@@ -563,7 +564,7 @@ def answer(name, edition, task, kept, here):
             names = next(r["experiment"] for r in records if r["kind"] in ("solver", "failed"))
             which = "In the recorded runs" if is_kept else "In the runs of this page"
             which += ", which are also those of this page" * bool(is_kept and same)
-            sentences.append(f"{which}, {in_words(names)}, {_joined(found)}.")
+            sentences.append(f"{which}, {told(names)}, {_joined(found)}.")
             if is_kept and "our flow that saw noise too" in sentences[-1]:
                 sentences.append("The paper's own flow, of clean images, was not run for this.")
             if drawn:
@@ -573,7 +574,9 @@ def answer(name, edition, task, kept, here):
 
 def in_short(name, edition, task, kept):
     """The claim of a page: what the paper prints, and what the recorded runs found."""
-    return f"**In short.** {paper_says(name, edition, task)} {answer(name, edition, task, kept, [])}"
+    return (
+        f"**In short.** {paper_says(name, edition, task)} {answer(name, edition, task, kept, [], in_words)}"
+    )
 
 
 def prox_sentence(record):

@@ -278,8 +278,13 @@ DATASET_WORDS = {"celeba": "photographs of faces (CelebA)", "synthetic": "faces 
 def in_words(names: dict) -> str:
     """What a record's experiment was run on, and how much was done: "on photographs of faces (CelebA) with
     the profile `cpu` (a middling flow, up to an hour a training on one core)"."""
+    return f"{in_few_words(names)} ({PROFILE_WORDS[names['profile']]})"
+
+
+def in_few_words(names: dict) -> str:
+    """The same without what the profile stands for."""
     images = DATASET_WORDS.get(names["dataset"], f"the data set `{names['dataset']}`")
-    return f"on {images} with the profile `{names['profile']}` ({PROFILE_WORDS[names['profile']]})"
+    return f"on {images} with the profile `{names['profile']}`"
 
 
 OVERRIDES = ("num_folds", "flow", "unet", "resnet", "num_steps", "lr", "batch_size")
