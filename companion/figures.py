@@ -13,7 +13,7 @@ import torch
 from IPython.display import SVG
 from matplotlib.ticker import MaxNLocator
 
-from companion.settings import METHODS, TASKS
+from companion.settings import EDITION_WORDS, METHODS, TASKS, in_few_words, in_words
 from companion.tables import (
     PAPER_TABLES,
     Link,
@@ -22,6 +22,7 @@ from companion.tables import (
     machine,
     minutes,
     outcomes,
+    paper_table,
     part,
     plus_minus,
     record_of,
@@ -515,40 +516,93 @@ def fold_rows(records):
     ]
 
 
-def answer(name, edition, task, kept, here):
-    """One sentence, from the records alone: how the methods that one of the paper's tables compares stand to
-    one another for a task, in the recorded runs with a verdict (on photographs), in those just made
-    without."""
-    clauses = []
+def _joined(parts):
+    return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1] if parts else ""
+
+
+def paper_says(name, edition, task):
+    """One sentence: what one of the paper's tables has for a task; "" where it has nothing."""
+    printed = {method: value for (of, method), value in paper_table(name, edition).items() if of == task}
+    cells = [
+        f"{value:.2f} dB for {METHODS[m].short}"
+        for m, value in sorted(printed.items(), key=lambda item: -item[1])
+    ]
+    of = EDITION_WORDS[edition]
+    return f"Table {name} of the paper's {of} has {_joined(cells)}." if cells else ""
+
+
+def _orders(records, name, edition, task, of_paper):
+    """Clauses: how the methods that a table compares stand to one another; of_paper: with its difference and
+    the verdict. Where the flow of clean images was not run, our extension is told of in its place."""
+    solved = {r["method"] for r in records if r["kind"] == "solver"}
+    clauses = {}
+    for first, second in PAPER_TABLES[name, edition].pairs:
+        replaced = first == "glow" and second in ("unet", "resnet") and first not in solved
+        pair = compare(records, name, edition, task, "glow-noisy" if replaced else first, second)
+        if pair is None:
+            continue
+        side = "above" if pair.difference > 0 else "below"
+        text = f"{abs(pair.difference):.2f} ± {pair.half_width:.2f} dB {side} {METHODS[second].short}"
+        if of_paper and pair.paper is not None:
+            text += f" (the paper: {signed(pair.paper)}; **{verdict(pair)}**)"
+        subject = "our flow that saw noise too" if replaced else METHODS[first].short
+        clauses.setdefault(subject, []).append(text)
+    found = [f"{subject} is {_joined(texts)}" for subject, texts in clauses.items()]
+    return found + [f"{METHODS[r['method']].short} diverged" for r in records if r["kind"] == "failed"]
+
+
+def answer(name, edition, task, kept, here, told=in_few_words):
+    """Sentences, from the records alone: how the methods that one of the paper's tables compares stand to one
+    another for a task, in the recorded runs with a verdict (on photographs), in those just made without.
+    told: says what a record's experiment was run on."""
     known = {(r["settings_hash"], r["data"]["pixels_sha256"]) for r in kept if r["kind"] == "solver"}
     solved = [r for r in here if r["kind"] == "solver"]
     same = solved and all((r["settings_hash"], r["data"]["pixels_sha256"]) in known for r in solved)
+    sentences = []
     for records, is_kept in ((kept, True), ([] if same else here, False)):
         records = [r for r in records if r["task"] == task and r["kind"] in ("solver", "failed", "classical")]
         drawn = any(r["experiment"]["dataset"].startswith("synthetic") for r in records)
-        found = []
-        for first, second in PAPER_TABLES[name, edition].pairs:
-            pair = compare(records, name, edition, task, first, second)
-            if pair:
-                side = "above" if pair.difference > 0 else "below"
-                text = (
-                    f"{METHODS[first].short} is {abs(pair.difference):.2f} ± {pair.half_width:.2f} dB {side} "
-                )
-                text += METHODS[second].short
-                if is_kept and pair.paper is not None:
-                    decided = "" if drawn else f"; **{verdict(pair)}**"
-                    text += f" ({signed(pair.paper)} dB in the paper{decided})"
-                found.append(text)
-        found += [f"{METHODS[r['method']].short} diverged" for r in records if r["kind"] == "failed"]
+        found = _orders(records, name, edition, task, is_kept and not drawn)
         if found:
             names = next(r["experiment"] for r in records if r["kind"] in ("solver", "failed"))
-            where = "drawn faces" if drawn else f"photographs (data set {names['dataset']})"
-            which = "recorded runs" if is_kept else "runs of this page"
-            text = f"in the {which}, of profile {names['profile']} on {where}, "
-            text += "which test the code and decide nothing about the paper, " if drawn else ""
-            text += "which are also those of this page, " if is_kept and same else ""
-            clauses.append(text + ", ".join(found[:-1]) + " and " * (len(found) > 1) + found[-1])
-    if not clauses:
-        return "No two of these methods were run on this task, so there is no answer yet."
-    text = "; ".join(clauses)
-    return text[0].upper() + text[1:] + "."
+            which = "In the recorded runs" if is_kept else "In the runs of this page"
+            which += ", which are also those of this page" * bool(is_kept and same)
+            sentences.append(f"{which}, {told(names)}, {_joined(found)}.")
+            if is_kept and "our flow that saw noise too" in sentences[-1]:
+                sentences.append("The paper's own flow, of clean images, was not run for this.")
+            if drawn:
+                sentences.append("Drawn faces test the code and decide nothing about the paper.")
+    return " ".join(sentences) or "No two of these methods were run on this task, so there is no answer yet."
+
+
+def in_short(name, edition, task, kept):
+    """The claim of a page: what the paper prints, and what the recorded runs found."""
+    return (
+        f"**In short.** {paper_says(name, edition, task)} {answer(name, edition, task, kept, [], in_words)}"
+    )
+
+
+def prox_sentence(record):
+    """In which folds of a flow solver the prox raises the PSNR, and in which it lowers it, in words."""
+    folds = record["folds"]
+    if any(fold[key] is None for fold in folds for key in ("psnr", "psnr_tilde")):
+        return f"The numbers of {METHODS[record['method']].short} are not all finite."
+    gains = [fold["psnr"] - fold["psnr_tilde"] for fold in folds]
+    told = _joined([f"{signed(gain)} dB in fold {k}" for k, gain in enumerate(gains, start=1)])
+    return f"The prox of {METHODS[record['method']].short} changes the mean PSNR by {told}."
+
+
+def readings_sentence(records, methods):
+    """What the smaller hole does to each inpainting solver, by who knows of it, in words."""
+    told = []
+    for r in records:
+        if r["kind"] == "solver" and r["task"] == "inpainting" and r["method"] in methods:
+            literal, everywhere = (
+                r[key]["psnr"]["mean"] - r["psnr"]["mean"]
+                for key in ("ood_measurements_last_fold", "ood_measurements")
+            )
+            told.append(
+                f"{METHODS[r['method']].short} by {signed(literal)} dB where the last fold alone knows of it "
+                f"and by {signed(everywhere)} dB where all folds do"
+            )
+    return f"The smaller hole changes {_joined(told)}." if told else ""

@@ -262,6 +262,31 @@ PROFILES = {
         },
     ),
 }
+# What the names of profiles and data sets stand for, in a few words, wherever a page tells of its runs.
+PROFILE_WORDS = {
+    "smoke": "a few steps, to test the code",
+    "demo": "small networks, trained for less than a minute each",
+    "short": "a small flow, some minutes a training on one core",
+    "cpu": "a middling flow, up to an hour a training on one core",
+    "gpu": "the paper's networks, minutes a training on a large GPU",
+    "paper": "the paper's networks and trainings",
+}
+EDITION_WORDS = {"v1": "first edition (v1)", "v2": "final edition (v2)"}
+DATASET_WORDS = {"celeba": "photographs of faces (CelebA)", "synthetic": "faces that the project draws"}
+
+
+def in_words(names: dict) -> str:
+    """What a record's experiment was run on, and how much was done: "on photographs of faces (CelebA) with
+    the profile `cpu` (a middling flow, up to an hour a training on one core)"."""
+    return f"{in_few_words(names)} ({PROFILE_WORDS[names['profile']]})"
+
+
+def in_few_words(names: dict) -> str:
+    """The same without what the profile stands for."""
+    images = DATASET_WORDS.get(names["dataset"], f"the data set `{names['dataset']}`")
+    return f"on {images} with the profile `{names['profile']}`"
+
+
 OVERRIDES = ("num_folds", "flow", "unet", "resnet", "num_steps", "lr", "batch_size")
 
 

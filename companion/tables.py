@@ -12,7 +12,7 @@ from companion.files import write_csv, write_json, write_text
 from companion.paths import RESULTS
 from companion.records import comparison, mean_and_interval, recorded
 from companion.runs import records_of_build
-from companion.settings import METHODS, TASKS
+from companion.settings import METHODS, TASKS, in_words
 from flowlib import Blur
 
 
@@ -454,14 +454,12 @@ def every_number(records: list[dict]) -> list[dict]:
 def budget(records: list[dict]) -> str:
     """One sentence on what the runs of a comparison had."""
     solvers = [r for r in records if r["kind"] == "solver"]
-    names = solvers[0]["experiment"]
     images = [r["training"]["images_seen"] for r in solvers]
     times = [minutes(r["training"]) for r in solvers]
-    profiles = " and ".join(f"**{p}**" for p in sorted({r["experiment"]["profile"] for r in solvers}))
+    told = sorted({in_words(r["experiment"]) for r in solvers})
     return (
-        f"Profile {profiles} on **{names['dataset']}**, protocol of edition {names['edition']}: "
-        f"each solver saw {min(images):,} to {max(images):,} training images, "
-        f"in {min(times):.0f} to {max(times):.0f} minutes."
+        f"The runs compared are those {' and '.join(told)}. Each solver saw {min(images):,} to "
+        f"{max(images):,} training images, in {min(times):.0f} to {max(times):.0f} minutes."
     )
 
 

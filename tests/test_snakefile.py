@@ -110,6 +110,16 @@ def test_a_cluster_is_told_what_a_page_needs(project):
     assert "gpu=1" not in resources["page_tables"]
 
 
+def test_the_slurm_profile_is_one_that_snakemake_reads(project):
+    """Its executor is a package of its own, so here another stands in for it."""
+    options = ["--profile", str(ROOT / "profiles/slurm"), "--executor", "dryrun", "--quiet", "rules"]
+    command = [sys.executable, "-m", "snakemake", *options, "--config", "profile=smoke"]
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "executor: slurm" in (ROOT / "profiles/slurm/config.yaml").read_text()
+
+
 @pytest.mark.parametrize("name", ["2024", "2024_05_12", "007", "3.10", "my photos"])
 def test_names_that_look_like_numbers_stay_names(project, name):
     found = snakemake(project, dry=True, dataset=name)

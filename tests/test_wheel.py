@@ -114,7 +114,7 @@ def test_the_wheel_is_flowlib_alone(python, tmp_path):
 def test_the_books_examples_run_on_the_wheel(python, tmp_path):
     """The Python of book/use.md, in one go and in an empty folder."""
     text = (ROOT / "book" / "use.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    snippets = re.findall(r"^```\{code-cell\}\n(?::[^\n]*\n)*(.*?)^```", text, re.MULTILINE | re.DOTALL)
     ours = [
         s
         for s in snippets
