@@ -96,9 +96,16 @@ def needed(page):
     return TRAINING
 
 
+def cores(page):
+    if not PAGES[page].runs:
+        return 1
+    return workflow.cores if page.startswith("pretrain_flow") else max(1, workflow.cores // 2)
+
+
 # One rule a page. Outputs of failed jobs are deleted, so papermill writes to the log: a failed notebook stays there to be read.
-# A page that trains has every core to itself, and on a cluster what its resources say; it is made again
-# when its runs' settings or the code of a training change (both are in the names of the runs' folders).
+# Of the pages that train a solver two go side by side, which small networks use better than twice the threads;
+# on a cluster each has what its resources say. A page is made again when its runs' settings or the code of a
+# training change (both are in the names of the runs' folders).
 for page in PAGES:
 
     rule:
@@ -119,7 +126,7 @@ for page in PAGES:
             runs=[run.folder_name for run in PAGES[page].runs],
             retrain=RETRAIN,
             words=parameters(page),
-        threads: workflow.cores if PAGES[page].runs else 1
+        threads: cores(page)
         resources:
             gpu=1 if PAGES[page].runs and PROFILE == "paper" else 0,
             mem_mb=24000 if PROFILE == "paper" else 4000,
@@ -161,7 +168,7 @@ rule explorer:
         rules.tabulate.output,
     output:
         directory(f"{BUILD}/explorer"),
-    threads: workflow.cores
+    priority: 1  # its page waits for it
     shell:
         f"{PYTHON} -m companion explorer {CHOICE}"
 

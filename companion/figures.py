@@ -338,7 +338,7 @@ def html_table(rows, caption, sortable=False):
 
     def cell(tag, value):
         text = anchor(value) if isinstance(value, Link) else html.escape(str(value))
-        wrap = "nowrap" if len(str(value)) < 18 else "normal; min-width: 8rem"
+        wrap = "nowrap" if len(str(value)) < 18 else "normal; min-width: 6rem"
         wrap = "normal" if tag == "th" else wrap
         return f'<{tag} style="text-align: left; white-space: {wrap}">{text}</{tag}>'
 
@@ -346,7 +346,7 @@ def html_table(rows, caption, sortable=False):
         return f"<tr>{''.join(cell(tag, value) for value in values)}</tr>"
 
     body = "".join(line("td", row.values()) for row in rows)
-    classes = "table dataframe" + " sortable" * sortable + " full-width" * (len(rows[0]) > 7)
+    classes = "table dataframe" + " sortable" * sortable + " full-width" * (len(rows[0]) > 5)
     return (
         f'<table class="{classes}"><caption><span class="caption-text">'
         f"{html.escape(caption)}</span></caption>"

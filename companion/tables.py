@@ -160,10 +160,9 @@ _NOT_RUN = {
     "Ours, dB": "not run",
     "Seeds": "–",
     "Worst image": "–",
-    "Below measurement": "–",
+    "Below y": "–",
     "SSIM": "–",
     "Images seen": "–",
-    "Training": "–",
     "Remark": "–",
 }
 
@@ -172,10 +171,7 @@ def _ours(record, evaluation, records):
     """What a row says of our run."""
     if record is None:
         return _NOT_RUN
-    trained = {
-        "Images seen": f"{record['training']['images_seen']:,}",
-        "Training": f"{minutes(record['training']):.1f} min",
-    }
+    trained = {"Images seen": f"{record['training']['images_seen']:,}"}
     if record["kind"] == "failed":
         return _NOT_RUN | trained | {"Ours, dB": "diverged", "Remark": "diverged"}
     found = part(record, evaluation)
@@ -188,9 +184,7 @@ def _ours(record, evaluation, records):
             "Ours, dB": plus_minus(found["psnr"]),
             "Seeds": f"{len(seeds)}",
             "Worst image": f"{min(finite, default=np.nan):.1f}",
-            "Below measurement": f"{below_measurement(record)} of {len(finite)}"
-            if evaluation is None
-            else "–",
+            "Below y": f"{below_measurement(record)} of {len(finite)}" if evaluation is None else "–",
             "SSIM": plus_minus(found["ssim"], 3).split("\u00a0")[0],
             "Remark": too_little_training(record, records) or "–",
         }
@@ -405,11 +399,12 @@ def page_of(name: str, edition: str, task: str) -> str:
 
 
 def record_of(record: dict, of_build: bool = False) -> Link:
-    """Where the book holds the record of a run, recorded or of this build, by the hash of its settings."""
+    """Where the book holds the record of a run, recorded or of this build; as text, the hash of its
+    settings."""
     names = record["experiment"]
     place = ["this-build" if of_build else f"{names['profile']}-{names['dataset']}-s{names['seed']}"]
     place += [names["edition"]] if record["kind"] != "flow" else []
-    text = record.get("settings_hash") or record["name"]
+    text = record.get("settings_hash") or "record"
     return Link(text, "../records/" + "/".join([*place, f"{record['name']}.json"]))
 
 
