@@ -101,6 +101,27 @@ def test_tables_are_not_cut(browser, site, names, width):
     assert {name: captions for name, captions in cut.items() if captions} == {}
 
 
+STRETCHED = """async () => {
+  const images = [...document.querySelectorAll("article img")];
+  images.forEach((image) => (image.loading = "eager"));
+  await Promise.all(images.map((image) => image.decode().catch(() => {})));
+  return images.filter((image) => image.width && Math.abs(image.width / image.height /
+    (image.naturalWidth / image.naturalHeight) - 1) > 0.02).map((image) => image.src);
+}"""
+
+
+@with_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_images_keep_their_shape(browser, site, names, width):
+    page, found = browser.new_page(viewport={"width": width, "height": 900}), {}
+    for name in set(names) - {"index.html"}:  # which only forwards
+        page.goto(site + name, wait_until="load")
+        page.wait_for_selector("main h1")
+        found[name] = page.evaluate(STRETCHED)
+    page.close()
+    assert {name: images for name, images in found.items() if images} == {}
+
+
 @pytest.fixture(scope="session")
 def axe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("npm")
