@@ -234,6 +234,8 @@ def write_front(tables):
             "",
             *(f"{i}. {text}" for i, text in enumerate(bottom_line(records), 1)),
         ]
-        lines += ["", "## The budgets", "", *told_profiles(records), "", *budgets(records), "", STAR]
+        rows = budgets(records)
+        lines += ["", "## The budgets", "", *told_profiles(records), "", *rows]
+        lines += ["", STAR] if any("*" in row for row in rows) else []
     write_text(tables / "front.md", "\n".join(lines) + "\n")
     write_text(tables / "claims.md", "\n".join(paper_claims()) + "\n")
