@@ -1,6 +1,7 @@
 """The front page: the bottom line in three sentences, the budgets, and one picture, all from records."""
 
 import io
+import re
 
 from companion import gallery
 from companion.files import write_text
@@ -209,6 +210,13 @@ def _of(record, profile):
     return record["experiment"]["profile"] == profile
 
 
+def with_links(text: str) -> str:
+    """Markdown in which each number's task leads to its page, and the count of orders to all of them."""
+    tasks = "|".join(MAIN_TASKS)
+    text = re.sub(rf"\b({tasks})(?= \(|: )", r"{doc}`\1 <../notebooks/in_distribution-\1>`", text)
+    return re.sub(r"\d+ orders", r"{doc}`\g<0> <../notebooks/tables>`", text)
+
+
 def write_front(tables):
     """Writes tables/front.md, which the front page includes, and its picture."""
     records = recorded()
@@ -232,10 +240,10 @@ def write_front(tables):
         lines += [
             "## The bottom line",
             "",
-            *(f"{i}. {text}" for i, text in enumerate(bottom_line(records), 1)),
+            *(f"{i}. {with_links(text)}" for i, text in enumerate(bottom_line(records), 1)),
         ]
         rows = budgets(records)
-        lines += ["", "## The budgets", "", *told_profiles(records), "", *rows]
+        lines += ["", "## The budgets", "", *told_profiles(records), "", *map(with_links, rows)]
         lines += ["", STAR] if any("*" in row for row in rows) else []
     write_text(tables / "front.md", "\n".join(lines) + "\n")
     write_text(tables / "claims.md", "\n".join(paper_claims()) + "\n")

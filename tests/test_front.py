@@ -32,6 +32,14 @@ def test_the_bottom_line_follows_the_records():
     assert replicated and f"{replicated} came out as printed" in third and "1 seed," in third
 
 
+def test_the_bottom_line_leads_to_its_numbers():
+    found = three("inpainting", 33, 32, 31) + three("deblurring", 34, 30, 35)
+    first, second, third = map(front.with_links, front.bottom_line(found))
+    assert "{doc}`inpainting <../notebooks/in_distribution-inpainting>` (+1.00" in first
+    assert "{doc}`deblurring <../notebooks/in_distribution-deblurring>` (−1.00" in second
+    assert "orders <../notebooks/tables>`" in third
+
+
 def test_one_rival_ahead_is_enough():
     decided, _ = front.main_claim(three("inpainting", 33, 19, 34), "inpainting")  # the U-Net learnt nothing
     assert decided == "the opposite"
