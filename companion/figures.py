@@ -19,6 +19,7 @@ from companion.tables import (
     Link,
     anchor,
     compare,
+    listed,
     machine,
     minutes,
     outcomes,
@@ -516,10 +517,6 @@ def fold_rows(records):
     ]
 
 
-def _joined(parts):
-    return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1] if parts else ""
-
-
 def paper_says(name, edition, task):
     """One sentence: what one of the paper's tables has for a task; "" where it has nothing."""
     printed = {method: value for (of, method), value in paper_table(name, edition).items() if of == task}
@@ -528,7 +525,7 @@ def paper_says(name, edition, task):
         for m, value in sorted(printed.items(), key=lambda item: -item[1])
     ]
     of = EDITION_WORDS[edition]
-    return f"Table {name} of the paper's {of} has {_joined(cells)}." if cells else ""
+    return f"Table {name} of the paper's {of} has {listed(cells)}." if cells else ""
 
 
 def _orders(records, name, edition, task, of_paper):
@@ -547,7 +544,7 @@ def _orders(records, name, edition, task, of_paper):
             text += f" (the paper: {signed(pair.paper)}; **{verdict(pair)}**)"
         subject = "our flow that saw noise too" if replaced else METHODS[first].short
         clauses.setdefault(subject, []).append(text)
-    found = [f"{subject} is {_joined(texts)}" for subject, texts in clauses.items()]
+    found = [f"{subject} is {listed(texts)}" for subject, texts in clauses.items()]
     return found + [f"{METHODS[r['method']].short} diverged" for r in records if r["kind"] == "failed"]
 
 
@@ -567,7 +564,7 @@ def answer(name, edition, task, kept, here, told=in_few_words):
             names = next(r["experiment"] for r in records if r["kind"] in ("solver", "failed"))
             which = "In the recorded runs" if is_kept else "In the runs of this page"
             which += ", which are also those of this page" * bool(is_kept and same)
-            sentences.append(f"{which}, {told(names)}, {_joined(found)}.")
+            sentences.append(f"{which}, {told(names)}, {listed(found)}.")
             if is_kept and "our flow that saw noise too" in sentences[-1]:
                 sentences.append("The paper's own flow, of clean images, was not run for this.")
             if drawn:
@@ -588,7 +585,7 @@ def prox_sentence(record):
     if any(fold[key] is None for fold in folds for key in ("psnr", "psnr_tilde")):
         return f"The numbers of {METHODS[record['method']].short} are not all finite."
     gains = [fold["psnr"] - fold["psnr_tilde"] for fold in folds]
-    told = _joined([f"{signed(gain)} dB in fold {k}" for k, gain in enumerate(gains, start=1)])
+    told = listed([f"{signed(gain)} dB in fold {k}" for k, gain in enumerate(gains, start=1)])
     return f"The prox of {METHODS[record['method']].short} changes the mean PSNR by {told}."
 
 
@@ -605,4 +602,4 @@ def readings_sentence(records, methods):
                 f"{METHODS[r['method']].short} by {signed(literal)} dB where the last fold alone knows of it "
                 f"and by {signed(everywhere)} dB where all folds do"
             )
-    return f"The smaller hole changes {_joined(told)}." if told else ""
+    return f"The smaller hole changes {listed(told)}." if told else ""

@@ -7,18 +7,13 @@ from companion import gallery
 from companion.files import write_text
 from companion.records import comparison, recorded
 from companion.settings import METHODS, PROFILE_WORDS
-from companion.tables import compare, every_claim, machine, minutes, paper_table, signed, verdict
+from companion.tables import compare, every_claim, listed, machine, minutes, paper_table, signed, verdict
 from data.portraits import BOXES
 from flowlib.files import write_atomically
 
 MAIN_TASKS = ("inpainting", "denoising", "deblurring")
 RIVALS = ("unet", "resnet")
 STAR = "\\* our flow that was pre-trained on noisy images; that of clean images was not run at this size."
-
-
-def listed(words: list[str]) -> str:
-    """ "a, b and c" """
-    return ", ".join(words[:-1]) + " and " * (len(words) > 1) + words[-1] if words else ""
 
 
 def main_claim(records: list[dict], task: str) -> tuple[str, str]:

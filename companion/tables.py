@@ -325,6 +325,11 @@ def costs(task, records):
     ]
 
 
+def listed(words: list[str]) -> str:
+    """ "a, b and c" """
+    return ", ".join(words[:-1]) + " and " * (len(words) > 1) + words[-1] if words else ""
+
+
 def signed(value):
     """The text "+1.20" or "−1.20", with a true minus sign."""
     return f"{value:+.2f}".replace("-", "−")
