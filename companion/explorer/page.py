@@ -103,9 +103,10 @@ def about(record):
     data, training = record["data"], record["training"]
     name = {"celeba": "CelebA", "synthetic": "drawn faces"}.get(data["name"], data["name"])
     return (
-        f"{METHODS[record['method']].label}, {record['num_folds']} folds, weights in 8 bits; trained on"
+        f"{METHODS[record['method']].label}, {record['num_folds']} folds; trained on"
         f" {name} ({data['split']['train']:,} images, {training['images_seen']:,} seen with repeats):"
-        f" {record['psnr']['mean']:.2f} dB on {len(record['psnr']['values'])} test images."
+        f" {record['psnr']['mean']:.2f} dB on {len(record['psnr']['values'])} test images,"
+        " before its weights were rounded to 8 bits for this page."
     )
 
 
