@@ -1,8 +1,10 @@
 """Export of a flow solver to ONNX, to run it where there is no PyTorch: in a browser, in another program. The
-graph is written node by node, because tracing one of this many small layers takes minutes."""
+graph is written node by node, because tracing one of this many small layers takes minutes, and as loops over
+folds and steps, because readying a node takes longer than running it."""
 
 import copy
 import functools
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -17,92 +19,103 @@ from flowlib.solver import UnfoldedPGD
 
 
 class _Graph:
-    """An ONNX graph in the making; calling it adds a node and returns the name of its output."""
+    """An ONNX graph, or the body of a loop in one, in the making; calling it adds a node and returns the name
+    of its output."""
 
-    def __init__(self):
-        self.nodes, self.constants = [], []
+    def __init__(self, outer=None):
+        self.nodes, self.constants = [], outer.constants if outer else []
+        self.numbers = outer.numbers if outer else itertools.count()
+
+    def name(self):
+        return f"v{next(self.numbers)}"
 
     def __call__(self, operation, *inputs, outputs=None, **attributes):
-        names = [f"v{len(self.nodes)}_{i}" for i in range(outputs or 1)]
+        names = [self.name() for _ in range(outputs or 1)]
         self.nodes.append(helper.make_node(operation, inputs, names, **attributes))
         return names if outputs else names[0]
 
-    def constant(self, values, exact=False):
-        """A constant; large ones, but for exact ones, as 16-bit integers with a scale for each row, which
-        costs about 1e-4."""
+    def constant(self, values):
         values = values.detach().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
         if not np.isfinite(values).all():
             raise ValueError("the solver has weights that are not finite: train it again")
-        if values.dtype == np.float32 and values.size >= 256 and not exact:
-            rows = np.abs(values).reshape(len(values), -1).max(axis=1).reshape(-1, *[1] * (values.ndim - 1))
-            scale = np.maximum(rows, 1e-30) / 32767
-            whole = self.constant(np.round(values / scale).astype(np.int16))
-            whole = self("Cast", whole, to=TensorProto.FLOAT)
-            return self("Mul", whole, self.constant(scale.astype(np.float32)))
-        name = f"c{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
-        return name
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(values), self.name()))
+        return self.constants[-1].name
 
-    def split(self, x, parts=2, axis=1):
-        return self("Split", x, outputs=parts, axis=axis, num_outputs=parts)
+    def scan(self, body, state, slices, reverse=False):
+        """A loop along the first axis of all slices: body(graph, state, *slice) gives the next state, then
+        other results. Names of the last state and of the others, stacked."""
+        inner, inputs = _Graph(self), [self.name() for _ in (state, *slices)]
+        ends = inputs, body(inner, *inputs)
+        infos = ([onnx.ValueInfoProto(name=name) for name in names] for names in ends)
+        loop = helper.make_graph(inner.nodes, self.name(), *infos)
+        directions = [int(reverse)] * len(slices)
+        options = dict(body=loop, num_scan_inputs=len(slices), scan_input_directions=directions)
+        return self("Scan", state, *slices, outputs=len(ends[1]), **options)
 
-    def conv(self, x, weight_and_bias, size=1):
-        return self("Conv", x, *weight_and_bias, kernel_shape=[size, size], pads=[size // 2] * 4)
+    def split(self, x, parts=2):
+        return self("Split", x, outputs=parts, axis=1, num_outputs=parts)
 
-
-class _Step:
-    """A FlowStep with its ActNorms folded into the convolutions and its 1x1 matrix inverted."""
-
-    def __init__(self, graph, step):
-        [folded] = fold([step])
-
-        def kept(weight, bias):
-            # The affine maps are small, and every error in them is passed on through all steps.
-            affine = weight.ndim == 2
-            weight = weight[:, :, None, None] if affine else weight
-            return graph.constant(weight, exact=affine), graph.constant(bias.flatten())
-
-        self.graph, self.bound = graph, graph.constant(np.float32(step.coupling.max_log_scale))
-        self.linear, self.inverse_linear = kept(*folded.linear), kept(*folded.inverse_linear)
-        # Raw scales and shifts alternate: sort them.
-        first, second, last = folded.convs
-        self.convs = [kept(*first), kept(*second), kept(*(torch.cat([v[0::2], v[1::2]]) for v in last))]
-
-    def __call__(self, x, inverse=False):
-        graph, (first, second, last) = self.graph, self.convs
-        x_a, x_b = graph.split(x if inverse else graph.conv(x, self.linear))
-        h = graph("Relu", graph.conv(x_b, first, 3))
-        h = graph("Relu", graph.conv(h, second))
-        raw, t = graph.split(graph.conv(h, last, 3))
-        s = graph("Exp", graph("Mul", graph("Tanh", raw), self.bound))
-        y_a = graph("Div", graph("Sub", x_a, t), s) if inverse else graph("Add", graph("Mul", x_a, s), t)
-        y = graph("Concat", y_a, x_b, axis=1)
-        return graph.conv(y, self.inverse_linear) if inverse else y
+    def conv(self, x, weight, bias, size=1):
+        return self("Conv", x, weight, bias, kernel_shape=[size, size], pads=[size // 2] * 4)
 
 
-def _prox(graph, glow, x, shrinkage):
-    """(name of f⁻¹(f(x) / (1 + shrinkage)), name of ‖f(x)‖) for an image x."""
-    levels = [[_Step(graph, step) for step in level] for level in glow.levels]
-    latents = []
-    for level, steps in zip(glow.levels, levels):
+def _weights(graph, levels, bits):
+    """Names of the weights of one level of all folds, (K, number of steps, ...) each: of the affine maps,
+    their inverses, and the convolutions."""
+    steps = [step for level in levels for step in fold(list(level))]
+    maps = zip(*((step.linear, step.inverse_linear, *step.convs) for step in steps))
+    pairs = [[torch.stack(v).unflatten(0, (len(levels), -1)) for v in zip(*found)] for found in maps]
+    # The affine maps are small, and every error in them is passed on through all steps: kept whole.
+    affine = [[weight[..., None, None], bias.flatten(2)] for weight, bias in pairs[:2]]
+    # Raw scales and shifts alternate: sort them.
+    pairs[-1] = [torch.cat([v[:, :, 0::2], v[:, :, 1::2]], dim=2) for v in pairs[-1]]
+    convs = []
+    for weight, bias in pairs[2:]:
+        largest = weight.abs().amax(dim=(3, 4, 5), keepdim=True).clamp_min(1e-30)
+        scale = largest / (2 ** (bits - 1) - 1)
+        convs += [(weight / scale).round().to(torch.int8 if bits == 8 else torch.int16), scale, bias]
+    return [[graph.constant(values) for values in part] for part in (*affine, convs)]
+
+
+def _step(graph, x, weight, bias, *convs, bound, inverse=False):
+    """[a flow step of x], or of its inverse. weight, bias: its affine map, or the inverse of that; convs: the
+    codes, scale and bias of each convolution; bound: of log s, or for the inverse of -log s."""
+    x_a, x_b = graph.split(x if inverse else graph.conv(x, weight, bias))
+    h, zero = x_b, graph.constant(np.float32(0))
+    for size, codes, scale, shift in zip((3, 1, 3), convs[0::3], convs[1::3], convs[2::3]):
+        # In WebAssembly, Relu branches at every number: a fifth of the whole time.
+        h = h if h == x_b else graph("Max", h, zero)
+        h = graph.conv(h, graph("Mul", graph("Cast", codes, to=TensorProto.FLOAT), scale), shift, size)
+    raw, t = graph.split(h)
+    s = graph("Exp", graph("Mul", graph("Tanh", raw), bound))
+    y_a = graph("Mul", graph("Sub", x_a, t), s) if inverse else graph("Add", graph("Mul", x_a, s), t)
+    y = graph("Concat", y_a, x_b, axis=1)
+    return [graph.conv(y, weight, bias) if inverse else y]
+
+
+def _prox(graph, glow, x, shrinkage, weights):
+    """(name of f⁻¹(f(x) / (1 + shrinkage)), name of ‖f(x)‖) for an image x; weights: names for each level."""
+    latents, bounds = [], [level[0].coupling.max_log_scale for level in glow.levels]
+    for level, (affine, _, convs), bound in zip(glow.levels, weights, bounds):
         # SpaceToDepth orders channels as (row, column, c).
         order = np.arange(len(level[0].invconv.weight)).reshape(4, -1).T.flatten()
         x = graph("Gather", graph("SpaceToDepth", x, blocksize=2), graph.constant(order), axis=1)
-        for step in steps:
-            x = step(x)
-        if steps is not levels[-1]:
+        step = functools.partial(_step, bound=graph.constant(np.float32(bound)))
+        [x] = graph.scan(step, x, affine + convs)
+        if level is not glow.levels[-1]:
             x, latent = graph.split(x)
             latents.append(latent)
     latents.append(x)
     squares = graph("Sum", *(graph("ReduceSumSquare", z, keepdims=0) for z in latents))
-    divisor = graph("Add", shrinkage, graph.constant(np.float32([1])))
-    for steps in reversed(levels):
+    divisor = graph("Add", shrinkage, graph.constant(np.float32(1)))
+    x = None
+    for (_, affine, convs), bound in zip(reversed(weights), reversed(bounds)):
         latent = graph("Div", latents.pop(), divisor)
-        x = latent if steps is levels[-1] else graph("Concat", x, latent, axis=1)
-        for step in reversed(steps):
-            x = step(x, inverse=True)
+        x = graph("Concat", x, latent, axis=1) if x else latent
+        step = functools.partial(_step, bound=graph.constant(np.float32(-bound)), inverse=True)
+        [x] = graph.scan(step, x, affine + convs, reverse=True)
         x = graph("DepthToSpace", x, blocksize=2, mode="CRD")
-    return x, graph("Sqrt", graph("Reshape", squares, graph.constant(np.int64([1]))))
+    return x, graph("Sqrt", squares)
 
 
 def _apply(graph, task, x, adjoint=False):
@@ -118,33 +131,44 @@ def _apply(graph, task, x, adjoint=False):
 
 
 @torch.no_grad()
-def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
+def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path, bits: int = 16) -> None:
     """Writes the solver of a task, "denoising", "inpainting" or "deblurring", as an ONNX file for one image.
     Inputs: y (1, C, H, W); mask (1, 1, H, W) for inpainting, blur (H, H) for deblurring of square images
     (`Blur.matrix`); step_size and shrinkage (K,), so that they can be moved. Outputs: folds (K, C, H, W), the
-    images x_k, and latent_norms (K,), ``‖f_k(x̃_k)‖``. Raises ValueError for a solver without flows, or with
-    another scale rule than "tanh", or images that are not square for deblurring."""
+    images x_k, and latent_norms (K,), ``‖f_k(x̃_k)‖``. Weights of convolutions are kept in 16 bits, which
+    changes pixels by about 1e-4, or in 8. Raises ValueError for a solver without flows, with flows of unequal
+    sizes, with another scale rule than "tanh", or of images that are not square for deblurring."""
     if not all(isinstance(prox, GlowProx) for prox in solver.proxes):
         raise ValueError("only solvers with a flow can be exported: others have no shrinkage to move")
-    for config in (prox.glow.config for prox in solver.proxes):
-        if config["scale"] != "tanh" or np.any(config["contiguous_squeeze"]):
-            raise ValueError(f"only the rule 'tanh' and the usual squeeze can be exported, not {config}")
+    flows = [prox.glow for prox in copy.deepcopy(solver.proxes).float()]
+    config = flows[0].config
+    if any(flow.config != config for flow in flows):
+        raise ValueError("only solvers whose flows are all of one size can be exported")
+    if config["scale"] != "tanh" or np.any(config["contiguous_squeeze"]):
+        raise ValueError(f"only the rule 'tanh' and the usual squeeze can be exported, not {config}")
     if task == "deblurring" and solver.x0.shape[2] != solver.x0.shape[3]:
         raise ValueError(f"deblurring can be exported for square images, not {tuple(solver.x0.shape[2:])}")
-    solver, graph = copy.deepcopy(solver).float(), _Graph()
-    num_folds, (_, *shape) = solver.num_folds, solver.x0.shape
+    if bits not in (8, 16):
+        raise ValueError(f"weights can be kept in 8 or 16 bits, not in {bits}")
+    graph, num_folds, (_, *shape) = _Graph(), solver.num_folds, solver.x0.shape
+    levels = [_weights(graph, level, bits) for level in zip(*(flow.levels for flow in flows))]
+
+    def one_fold(body, x, step_size, shrinkage, *weights):
+        residual = body("Sub", "y", _apply(body, task, x))
+        x = body("Add", x, body("Mul", step_size, _apply(body, task, residual, adjoint=True)))
+        names = iter(weights)
+        parts = [[list(itertools.islice(names, len(part))) for part in level] for level in levels]
+        x, norm = _prox(body, flows[0], x, shrinkage, parts)
+        return [x, body("Squeeze", x, body.constant(np.int64([0]))), norm]
+
+    weights = [name for level in levels for part in level for name in part]
+    x0 = graph.constant(solver.x0.float())
+    _, *results = graph.scan(one_fold, x0, ["step_size", "shrinkage", *weights])
     data = dict(denoising={}, inpainting={"mask": [1, 1, *shape[1:]]}, deblurring={"blur": shape[1:]})
     inputs = {"y": [1, *shape], **data[task], "step_size": [num_folds], "shrinkage": [num_folds]}
-    x, results = graph.constant(solver.x0), []
-    scalars = (graph.split(name, num_folds, axis=0) for name in ("step_size", "shrinkage"))
-    for prox, step_size, shrinkage in zip(solver.proxes, *scalars):
-        residual = _apply(graph, task, graph("Sub", "y", _apply(graph, task, x)), adjoint=True)
-        x = graph("Add", x, graph("Mul", step_size, residual))
-        x, norm = _prox(graph, prox.glow, x, shrinkage)
-        results.append((x, norm))
     outputs = {"folds": [num_folds, *shape], "latent_norms": [num_folds]}
-    for name, values in zip(outputs, zip(*results)):
-        graph.nodes.append(helper.make_node("Concat", values, [name], axis=0))
+    for result, name in zip(results, outputs):
+        graph.nodes.append(helper.make_node("Identity", [result], [name]))
     info = functools.partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT)
     described = ([info(name, shape=size) for name, size in ends.items()] for ends in (inputs, outputs))
     whole = helper.make_graph(graph.nodes, "UnfoldedPGD", *described, graph.constants)

@@ -535,7 +535,7 @@ class Explorer {
       if (this.barrier()) throw new Error(this.barrier());
       this.ort = await import(address(ort));
       Object.assign(this.ort.env.wasm, { numThreads: 1, proxy: true, wasmPaths: address(ort).replace(/[^/]*$/, "") });
-      // The graph is as it should be: optimising it takes longer than it saves.
+      // Its loops are small and as they should be: optimising them takes longer than it saves.
       const options = { executionProviders: ["wasm"], graphOptimizationLevel: "disabled" };
       return this.ort.InferenceSession.create(address(task.onnx), options);
     })();

@@ -5,6 +5,7 @@ What is shown and computed in the browser is in explorer.js, which a notebook ca
 (`GridExplorer`)."""
 
 import base64
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -18,7 +19,6 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from companion import gallery
-from companion.explorer.small import rounded, shrink
 from companion.figures import pixels
 from companion.files import write_json
 from companion.runs import is_finished, load, records_of_build
@@ -73,6 +73,17 @@ def grid(solver, operator, x, seed=0):
     return torch.stack(
         [solve_with(solver, step_size, solver.shrinkage + shift, y, operator) for shift in SHIFTS]
     )
+
+
+@torch.no_grad()
+def rounded(solver):
+    """A copy of a solver whose convolution weights are those that export_onnx keeps in 8 bits, as a browser
+    fetches half of 16."""
+    solver = copy.deepcopy(solver)
+    for weight in (p for p in solver.proxes.parameters() if p.ndim == 4):
+        scale = weight.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30) / 127
+        weight.copy_((weight / scale).round() * scale)
+    return solver
 
 
 def shown(experiment):
@@ -166,8 +177,7 @@ def write_explorer(experiment):
         ]
         # Colours at full resolution: where the solver falls apart they are noise from pixel to pixel.
         _write_image(out / f"{task}.jpeg", np.concatenate(rows), quality=93, subsampling=0)
-        export_onnx(solver, task, out / f"{task}.onnx")
-        shrink(out / f"{task}.onnx")
+        export_onnx(solver, task, out / f"{task}.onnx", bits=8)
         tasks.append(
             {
                 "task": task,
