@@ -49,15 +49,15 @@ def summary(values):
 def in_kernel(experiment, repeats):
     """Milliseconds of an update for every trained solver: the reconstruction, all panels and the plot."""
     explorer, times = Explorer(experiment), {}
-    for task, method in explorer.trained:
+    for task, label in [(task, label) for task, labels in explorer.solvers.items() for label in labels]:
         explorer.task.value = task
-        explorer.method.value = method
+        explorer.method.label = label
         values = []
         for i in range(repeats):
             start = time.perf_counter()
             explorer.scale.value = 0.8 + 0.01 * i
             values.append(1000 * (time.perf_counter() - start))
-        times[f"{task}-{method}"] = summary(values)
+        times[f"{task}: {label}"] = summary(values)
     return times
 
 

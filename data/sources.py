@@ -288,8 +288,9 @@ def _read_member(archive, member, source):
 
 
 def decode(data, where, crop="square", size=64):
-    """Bytes of one image file -> uint8 (size, size, 3); transparent pixels are laid over white. ValueError,
-    naming `where` it came from, for what is no image."""
+    """Bytes of one image file -> uint8 (size, size, 3); transparent pixels are laid over white. crop: the
+    middle "square", "celeba" as there, or (x, y, zoom): a square zoom times smaller than the largest, x and y
+    from 0 (left, top) to 1. ValueError, naming `where` it came from, for what is no image."""
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             file = Image.open(io.BytesIO(data))
@@ -312,9 +313,10 @@ def decode(data, where, crop="square", size=64):
 
 
 def _crop_box(width, height, crop):
-    """Centred square (left, top, right, bottom) in pixels; 89 x 109, "celeba": side 74 from (7.5, 17.5)."""
-    side = min(width * 148 / 178, height) if crop == "celeba" else min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
+    """Square (left, top, right, bottom) in pixels; 89 x 109, "celeba": side 74 from (7.5, 17.5)."""
+    x, y, zoom = (0.5, 0.5, 1) if isinstance(crop, str) else crop
+    side = min(width * 148 / 178, height) if crop == "celeba" else min(width, height) / zoom
+    left, top = x * (width - side), y * (height - side)
     return left, top, left + side, top + side
 
 

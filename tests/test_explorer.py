@@ -12,7 +12,7 @@ from PIL import Image
 import data
 from companion import gallery
 from companion.experiment import Experiment
-from companion.explorer.live import Explorer
+from companion.explorer.live import Explorer, images
 from companion.explorer.page import (
     SCALES,
     SHIFTS,
@@ -33,6 +33,7 @@ from flowlib.export import export_onnx
 from flowlib.images import to_tensor
 from tests.test_flow import randomize
 
+KEPT_RECORDS = gallery.kept_records  # which a fixture hides
 OPERATORS = {"denoising": Denoising(0.2), "inpainting": Inpainting(19), "deblurring": Blur(5.0)}
 
 
@@ -188,7 +189,7 @@ def experiment(tmp_path_factory):
         }
         write_json(experiment.directory(run) / "record.json", about | {"data": data_of(experiment)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gallery, "kept_records", lambda task: {})  # which the page would show instead
+        patch.setattr(gallery, "kept_records", lambda *_: {})  # which the page would show instead
         yield experiment
 
 
@@ -213,8 +214,8 @@ def test_files_of_the_page(experiment):
 def test_sliders_move_the_solver(experiment):
     explorer = Explorer(experiment)
     explorer.task.value = "inpainting"
-    assert explorer.method.value == "glow"
-    x, operator = experiment_image(experiment), Inpainting(19)
+    assert explorer.method.label == "GLOW prox, of this build"
+    x, operator = images(experiment)[:1], Inpainting(19)
     solver, before = explorer.solver, dict(explorer.psnr)
     explorer.scale.value = 0.5
     explorer.shift.value = 0.1
@@ -232,10 +233,6 @@ def test_sliders_move_the_solver(experiment):
     assert explorer.setting.value == 19 and explorer.psnr == pytest.approx(before)
 
 
-def experiment_image(experiment, index=0):
-    return to_tensor(experiment.split("test")[index : index + 1])
-
-
 def test_task_method_image_and_noise_can_be_chosen(experiment):
     explorer = Explorer(experiment)
     assert explorer.task.value == "denoising" and len(explorer.panels.children) == 3 + 3
@@ -243,13 +240,12 @@ def test_task_method_image_and_noise_can_be_chosen(experiment):
     explorer.seed.click()
     assert explorer.psnr["measurement"] != shown
     explorer.image.value = 2
-    y = measure(Denoising(0.2), experiment_image(experiment, 1), 1 + len(explorer.images))
-    assert explorer.psnr["measurement"] == pytest.approx(
-        psnr(y, experiment_image(experiment, 1)).item(), abs=1e-3
-    )
+    x = images(experiment)[1:2]
+    y = measure(Denoising(0.2), x, 1 + len(explorer.images))
+    assert explorer.psnr["measurement"] == pytest.approx(psnr(y, x).item(), abs=1e-3)
     explorer.task.value = "inpainting"
     assert explorer.setting.value == 19 and explorer.seed.layout.display == "none"
-    explorer.method.value = "unet"
+    explorer.method.label = "U-Net prox, of this build"
     assert "λ" not in explorer.sliders and explorer.shift.disabled
     explorer.scale.value = 0.5
     assert explorer.sliders["μ"][0].value == pytest.approx(0.25)
@@ -263,6 +259,39 @@ def picture(index=7, kind="png"):
     file = io.BytesIO()
     Image.fromarray(data.draw_faces([index], size=64)[0]).resize((300, 200)).save(file, kind)
     return file.getvalue()
+
+
+def test_the_faces_come_first_then_the_test_images(experiment):
+    shown = images(experiment)
+    torch.testing.assert_close(shown[:2], gallery.faces())
+    torch.testing.assert_close(shown[2:], to_tensor(experiment.split("test")))
+
+
+def test_without_a_build_the_kept_solvers_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "kept_records", KEPT_RECORDS)
+    explorer = Explorer(Experiment("smoke", build=tmp_path))
+    kept = {task: gallery.kept_records(task) for task in ("denoising", "inpainting", "deblurring")}
+    assert list(explorer.task.options) == list(kept) and len(explorer.images) == 2
+    for task, records in kept.items():
+        explorer.task.value = task
+        assert len(explorer.method.options) == len(records) > 0
+        assert explorer.psnr[f"fold {records['glow']['num_folds']}"] > explorer.psnr["measurement"]
+
+
+def test_an_own_photo_is_cropped(experiment):
+    explorer = Explorer(experiment)
+    assert explorer.crops.layout.display == "none"
+    photo = np.zeros((100, 200, 3), np.uint8)
+    photo[:, 150:] = 255
+    file = io.BytesIO()
+    Image.fromarray(photo).save(file, "png")
+    upload(explorer, "half.png", file.getvalue())
+    assert explorer.crops.layout.display is None
+    assert explorer.own.max() < -0.4  # the middle square ends at 150
+    explorer.crop["zoom"].value, explorer.crop["left–right"].value = 2, 1
+    assert explorer.own.min() > 0.4 and explorer.psnr["measurement"] > 10
+    explorer.image.value = 1
+    assert explorer.crops.layout.display == "none"
 
 
 def test_own_images(experiment):
@@ -305,13 +334,13 @@ def test_nothing_old_is_shown_where_a_model_is_gone(experiment):
     content = path.read_bytes()
     for damage in (lambda: path.write_bytes(content[:-9]), path.unlink):
         damage()
-        explorer.method.value = "unet"
+        explorer.method.label = "U-Net prox, of this build"
         assert explorer.panels.children == () and explorer.plot.value == b"" and explorer.psnr == {}
         assert path.name in explorer.status.value
         explorer.scale.value = 0.5
         explorer.image.value = 2
         assert explorer.panels.children == ()
-        explorer.method.value = "glow"  # and on with another
+        explorer.method.label = "GLOW prox, of this build"  # and on with another
         assert len(explorer.panels.children) == 2 + 3 and "PSNR" in explorer.status.value
     path.write_bytes(content)
 
@@ -339,6 +368,7 @@ def test_a_moving_slider_does_not_pile_up_work(experiment, monkeypatch):
     assert count == [0.6]
 
 
-def test_nothing_trained_is_said(tmp_path):
+def test_nothing_trained_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "kept_records", lambda *_: {})
     with pytest.raises(FileNotFoundError, match="nothing is trained"):
         Explorer(Experiment("smoke", build=tmp_path))

@@ -326,7 +326,7 @@ def test_live_notebook_in_jupyterlab(browser, smoke_book):
         file = io.BytesIO()
         Image.fromarray(noise).save(file, "png")
         photo = {"name": "noise.png", "mimeType": "image/png", "buffer": file.getvalue()}
-        number = page.get_by_label("test image")
+        number = page.get_by_label("image", exact=True)
         for _ in range(2):
             page.get_by_label("Own image").set_input_files(photo)
             page.wait_for_function("(box) => box.value === '0'", arg=number.element_handle(), timeout=60_000)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import html
 import io
 import math
@@ -16,7 +17,7 @@ import traitlets
 from PIL import Image
 
 import data
-from companion import figures
+from companion import figures, gallery
 from companion.explorer.page import measure, solve_with
 from companion.runs import load
 from companion.settings import METHODS, TASKS
@@ -42,32 +43,63 @@ class Upload(anywidget.AnyWidget):
     value = traitlets.Tuple().tag(sync=True)
 
 
+def solvers(experiment):
+    """{task: {label: function that loads the solver}}: those kept with the code, then those of this build."""
+    found = {}
+    for task in TASKS:
+        kept = gallery.kept_records(task, experiment.names["edition"])
+        found[task] = {
+            f"{METHODS[m].label}, kept ({r['psnr']['mean']:.2f} dB)": functools.partial(gallery.solver, r)
+            for m, r in kept.items()
+        }
+    for run in experiment.runs().values():
+        if run.kind == "solver" and model_path(experiment, run).is_file():
+            label = f"{METHODS[run.method].label}, of this build"
+            found[run.task][label] = functools.partial(load, experiment, run)
+    return {task: labels for task, labels in found.items() if labels}
+
+
+def images(experiment):
+    """The two real faces, then the test images of this build, where its data are prepared."""
+    try:
+        return torch.cat([gallery.faces(), to_tensor(experiment.split("test"))])
+    except FileNotFoundError:
+        return gallery.faces()
+
+
+def _cut(file, crop):
+    return to_tensor(data.decode(bytes(file["content"]), file["name"], crop)[None])
+
+
 class Explorer(widgets.VBox):
-    """Choose a task, a test image or your own (then number 0), and a trained method of this build; move its
-    scalars; see all folds.
+    """Choose a task, an image (number 1 and 2 are real faces, then come this build's test images, 0 is your
+    own) and a solver, one kept with the code or trained in this build; move its scalars; see all folds.
 
     delay: seconds without another change before anything is computed, so that a moving slider does not pile
-    up work. Raises FileNotFoundError where nothing is trained."""
+    up work. Raises FileNotFoundError where no solver is kept or trained."""
 
     def __init__(self, experiment, delay=0.05):
         self.experiment, self.delay, self._timer, self._held = experiment, delay, None, False
-        self.trained = [
-            (run.task, run.method)
-            for run in experiment.runs().values()
-            if run.kind == "solver" and model_path(experiment, run).is_file()
-        ]
-        if not self.trained:
+        self.solvers = solvers(experiment)
+        if not self.solvers:
             raise FileNotFoundError(
                 f"nothing is trained in {experiment.build}: run make book, or python -m companion run"
             )
-        self.images = to_tensor(experiment.split("test"))
-        self.own, self.solver, self.trained_scalars, self.sliders = None, None, {}, {}
+        self.images = images(experiment)
+        self.own, self._file, self.solver, self.trained_scalars, self.sliders = None, None, None, {}, {}
 
-        tasks = list(dict.fromkeys(task for task, _ in self.trained))
-        self.task = widgets.Dropdown(options=tasks, description="task")
-        self.method = widgets.Dropdown(description="method")
-        self.image = widgets.BoundedIntText(min=1, max=len(self.images), value=1, description="test image")
+        self.task = widgets.Dropdown(options=list(self.solvers), description="task")
+        self.method = widgets.Dropdown(description="solver", layout=widgets.Layout(width="34em"))
+        self.image = widgets.BoundedIntText(min=1, max=len(self.images), value=1, description="image")
         self.upload = Upload()
+        ranges = {"zoom": (1, 1, 8), "left–right": (0.5, 0, 1), "up–down": (0.5, 0, 1)}
+        self.crop = {
+            name: widgets.FloatSlider(value=value, min=low, max=high, step=0.01, description=name)
+            for name, (value, low, high) in ranges.items()
+        }
+        self.crops = widgets.HBox(
+            list(self.crop.values()), layout=widgets.Layout(flex_flow="row wrap", display="none")
+        )
         self.setting = widgets.FloatSlider(continuous_update=True)
         self.seed = widgets.Button(description="New noise")
         self.scale = widgets.FloatSlider(value=1, min=0, max=2, step=0.01, description="μ ×")
@@ -84,6 +116,7 @@ class Explorer(widgets.VBox):
             [
                 widgets.HBox([self.task, self.method], layout=widgets.Layout(flex_flow="row wrap")),
                 widgets.HBox([self.image, self.upload], layout=widgets.Layout(flex_flow="row wrap")),
+                self.crops,
                 widgets.HBox([self.setting, self.seed], layout=widgets.Layout(flex_flow="row wrap")),
                 widgets.HBox(
                     [self.scale, self.shift, self.reset], layout=widgets.Layout(flex_flow="row wrap")
@@ -98,6 +131,8 @@ class Explorer(widgets.VBox):
         self.method.observe(self._choose_method, "value")
         self.image.observe(self._choose_image, "value")
         self.upload.observe(self._take_upload, "value")
+        for slider in self.crop.values():
+            slider.observe(self._crop, "value")
         self.scale.observe(self._move_all, "value")
         self.shift.observe(self._move_all, "value")
         self.setting.observe(self._changed, "value")
@@ -121,9 +156,9 @@ class Explorer(widgets.VBox):
                 name,
             )
             self.seed.layout.display = None if name == "noise σ" else "none"
-            methods = [method for task, method in self.trained if task == self.task.value]
-            self.method.options = [(METHODS[m].label, m) for m in methods]
-            self.method.value = next((m for m in methods if METHODS[m].network == "glow"), methods[0])
+            self.method.options = list(self.solvers[self.task.value].items())
+            labels = list(self.solvers[self.task.value])
+            self.method.label = next((label for label in labels if "GLOW" in label), labels[0])
         self._choose_method()
 
     def _trained_setting(self):
@@ -134,7 +169,7 @@ class Explorer(widgets.VBox):
         if self._held:
             return
         try:
-            self.solver = load(self.experiment, self.experiment.solver(self.task.value, self.method.value))
+            self.solver = self.method.value()
         except (OSError, ValueError) as error:  # deleted or damaged since
             return self._show_nothing(error)
         self.trained_scalars = {"μ": self.solver.step_size.tolist()}
@@ -166,7 +201,7 @@ class Explorer(widgets.VBox):
         if self._held:
             return
         if self.image.value:
-            self.own, self.image.min = None, 1
+            self.own, self.image.min, self.crops.layout.display = None, 1, "none"
         self._changed()
 
     def _take_upload(self, _=None):
@@ -177,12 +212,21 @@ class Explorer(widgets.VBox):
         try:
             if file.get("problem"):
                 raise ValueError(f"{file['name']} {file['problem']}")
-            own = to_tensor(data.decode(bytes(file["content"]), file["name"])[None])
+            own = _cut(file, (0.5, 0.5, 1))
         except ValueError as error:
             self._say(error)
             return
-        with self._hold():  # so that each number of a test image is a change
-            self.own, self.image.min, self.image.value = own, 0, 0
+        with self._hold():  # so that each number of another image is a change
+            self.own, self._file, self.image.min, self.image.value = own, file, 0, 0
+            self.crop["zoom"].value, self.crop["left–right"].value, self.crop["up–down"].value = 1, 0.5, 0.5
+            self.crops.layout.display = None
+        self._changed()
+
+    def _crop(self, _=None):
+        if self._held or self.own is None:
+            return
+        zoom, x, y = (slider.value for slider in self.crop.values())
+        self.own = _cut(self._file, (x, y, zoom))
         self._changed()
 
     def _say(self, message):

@@ -1,5 +1,5 @@
-// A button for one image file. Photos of today are larger than the messages that Jupyter accepts, so the middle square, of at
-// most SIDE pixels, is sent as PNG; what this browser cannot read goes as it is, if it is small.
+// A button for one image file. Photos of today are larger than the messages that Jupyter accepts, so a small copy, whose short
+// side has at most SIDE pixels, is sent as PNG; what this browser cannot read goes as it is, if it is small.
 
 const SIDE = 1024, LARGEST = 8 * 2 ** 20;
 
@@ -11,11 +11,12 @@ async function read(file) {
     if (file.size <= LARGEST) return { content: new DataView(await file.arrayBuffer()) };
     return { problem: "is too large, and no image that this browser can read: choose a PNG, JPEG or WebP file" };
   }
-  const side = Math.min(bitmap.width, bitmap.height), size = Math.min(side, SIDE), canvas = document.createElement("canvas");
-  canvas.width = canvas.height = size;
+  const scale = Math.min(1, SIDE / Math.min(bitmap.width, bitmap.height), 2 * SIDE / Math.max(bitmap.width, bitmap.height));
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
-  context.drawImage(bitmap, (bitmap.width - side) / 2, (bitmap.height - side) / 2, side, side, 0, 0, size, size);
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   bitmap.close();
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
   return { content: new DataView(await blob.arrayBuffer()) };
