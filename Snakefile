@@ -33,7 +33,7 @@ OOD = OOD_IMAGES.get(DATASET)
 if OOD and not (Path(BUILD) / "data" / OOD).exists() and not OOD.startswith("synthetic") and not sources_of(OOD):
     OOD = None  # the user has CelebA only
 TABLES = ["table1.csv", "recorded_v2.csv", "recorded_v1.csv", "numbers.csv", "provenance.csv", "build.md"]
-TABLES += ["front.md", "claims.md"]
+TABLES += ["front.md", "claims.md", "learning_rates.csv"]
 CHOICE = shlex.join(
     ["--profile", PROFILE, "--dataset", DATASET, "--edition", EDITION, "--seed", SEED, "--build", BUILD]
 )
@@ -128,8 +128,8 @@ for page in PAGES:
             words=parameters(page),
         threads: cores(page)
         resources:
-            gpu=1 if PAGES[page].runs and PROFILE == "paper" else 0,
-            mem_mb=24000 if PROFILE == "paper" else 4000,
+            gpu=1 if PAGES[page].runs and PROFILE in ("gpu", "paper") else 0,
+            mem_mb=24000 if PROFILE in ("gpu", "paper") else 4000,
             runtime=60 * 24 if PROFILE == "paper" else 60 * 6,
         shell:
             f"{PYTHON} -m papermill {{input.notebook:q}} {{log:q}} --no-progress-bar --log-level WARNING {{params.words}}"

@@ -210,7 +210,7 @@ def learning_curves(records, paper=None):
             style = dict(ms=3, lw=1.4, color=COLOURS[r["method"]], label=METHODS[r["method"]].short)
             row[0].plot([h["images_seen"] / 1000 for h in history], quality, "o-", **style)
             if num_columns == 2:
-                row[1].plot([minutes(h) for h in history], quality, "o-", **style)
+                row[1].plot([minutes(r, h) for h in history], quality, "o-", **style)
         for (of, method), value in (paper or {}).items():
             if of == task and method in COLOURS:
                 for axis in row:
@@ -393,9 +393,7 @@ def beside_paper(task, methods, paper, kept, here, evaluation=None):
 
     def training(method):
         record = next((r for r in here if (r["task"], r["method"]) == (task, method)), None)
-        return (
-            f"{record['training']['images_seen']:,}, {minutes(record['training']):.1f} min" if record else "–"
-        )
+        return f"{record['training']['images_seen']:,}, {minutes(record):.1f} min" if record else "–"
 
     return [
         {
@@ -419,7 +417,7 @@ def every_run(task, edition, records):
             "Profile": r["experiment"]["profile"],
             "Parameters a fold": f"{r['num_parameters']:,}",
             "Images seen": f"{r['training']['images_seen']:,}",
-            "Minutes": f"{minutes(r['training']):.1f}",
+            "Minutes": f"{minutes(r):.1f}",
             "On": machine(r),
             "Record": record_of(r),
         }
@@ -480,10 +478,8 @@ def likelihood_sentence(record):
     inside = [k for k, fold in enumerate(folds, start=1) if fold["bits_per_dim"] < fold["bits_per_dim_tilde"]]
     path = [fold["bits_per_dim"] for fold in folds]
     between = all(after < before for before, after in zip(path, path[1:]))
-    names = ", ".join(map(str, inside))
-    within = (
-        "in every fold" if len(inside) == len(folds) else f"in fold {names} only" if inside else "in no fold"
-    )
+    some = f"only in fold{'s' * (len(inside) > 1)} {listed([*map(str, inside)])}" if inside else "in no fold"
+    within = "in every fold" if len(inside) == len(folds) else some
     trail = " → ".join(f"{value:.2f}" for value in path)
     steady = "rises from fold to fold" if between else "does not rise from fold to fold"
     return (
@@ -567,9 +563,19 @@ def answer(name, edition, task, kept, here, told=in_few_words):
             sentences.append(f"{which}, {told(names)}, {listed(found)}.")
             if is_kept and "our flow that saw noise too" in sentences[-1]:
                 sentences.append("The paper's own flow, of clean images, was not run for this.")
+            sentences.append(_images_seen(records, name, edition))
             if drawn:
                 sentences.append("Drawn faces test the code and decide nothing about the paper.")
     return " ".join(sentences) or "No two of these methods were run on this task, so there is no answer yet."
+
+
+def _images_seen(records, name, edition):
+    """A sentence: how many training images, with repetition, each method that a table compares saw."""
+    compared = {m for pair in PAPER_TABLES[name, edition].pairs for m in pair}
+    solved = [r for r in records if r["kind"] != "classical" and not METHODS[r["method"]].frozen]
+    told = [r for r in solved if r["method"] in compared] or solved
+    seen = [f"{METHODS[r['method']].short} ({r['training']['images_seen']:,})" for r in told]
+    return f"Training images seen, with repetition: {listed(seen)}."
 
 
 def in_short(name, edition, task, kept):

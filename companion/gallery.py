@@ -109,18 +109,33 @@ def sources(task: str) -> str:
 
 
 def hero():
-    """Figure for the front page: the two faces measured and restored by the kept flow solvers, task by task;
-    None where one is not kept."""
-    x, columns, below = faces(), {}, {}
-    for task, name in {"inpainting": "a hole", "denoising": "noise", "deblurring": "blur"}.items():
+    """Figures for the front page, {"hero": wide, "hero-narrow": for a telephone}: the two faces measured and
+    restored by the kept flow solvers, task by task. None where one is not kept."""
+    x, names, pairs = faces(), {"inpainting": "a hole", "denoising": "noise", "deblurring": "blur"}, {}
+    for task, name in names.items():
         found = {m: solver(r) for m, r in kept_records(task).items() if m in FLOWS}
         if not found:
             return None
         y, estimates = restored(task, solvers=found)
-        best = max(estimates.values(), key=lambda x_hat: psnr(x_hat, x).mean())
-        for title, images in ((name, y), (f"{name}, restored", best)):
-            columns[title], below[title] = images, [f"{value:.1f} dB" for value in psnr(images, x)]
-    return figures.image_grid(columns | {"original": x}, below, width=8.8)
+        pairs[name] = y, max(estimates.values(), key=lambda x_hat: psnr(x_hat, x).mean())
+
+    def decibels(images, originals):
+        return [f"{value:.1f} dB" for value in psnr(images, originals)]
+
+    wide = {f"{name}{', restored' * i}": pair[i] for name, pair in pairs.items() for i in (0, 1)}
+    below = {title: decibels(images, x) for title, images in wide.items()}
+    narrow, under = {}, {}
+    for k, original in enumerate(x):
+        for i, what in enumerate(("measured", "restored")):
+            images = torch.stack([pair[i][k] for pair in pairs.values()])
+            narrow[what + " " * k], under[what + " " * k] = (
+                images,
+                decibels(images, original.expand_as(images)),
+            )
+    return {
+        "hero": figures.image_grid(wide | {"original": x}, below, width=8.8),
+        "hero-narrow": figures.image_grid(narrow, under, list(pairs), width=4.4),
+    }
 
 
 def plugged_in_examples(task: str):

@@ -3,7 +3,9 @@ records."""
 
 import csv
 import html
+import json
 import shutil
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -84,14 +86,17 @@ def plus_minus(value: dict, digits: int = 2) -> str:
     return f"{value['mean']:.{digits}f}\u00a0±\u00a0{value['half_width']:.{digits}f}{lost}"
 
 
-def minutes(training: dict) -> float:
-    """Of the processor, which others on the machine do not lengthen, where they were counted."""
-    return (training.get("cpu_seconds") or training["seconds"]) / 60
+def minutes(record: dict, row: dict | None = None) -> float:
+    """Of a training, or until a row of its history: of the processor, which others on the machine do not
+    lengthen, where they were counted; on a GPU by the clock."""
+    row = record["training"] if row is None else row
+    counted = row.get("cpu_seconds") if machine(record) == "a CPU core" else None
+    return (counted or row["seconds"]) / 60
 
 
-def machine(record: dict) -> str:
-    """What a run was trained on, in short."""
-    hardware = record["trained"]["hardware"]
+def machine(record: dict, what: str = "trained") -> str:
+    """What a run was "trained", or "evaluated", on, in short."""
+    hardware = record[what]["hardware"]
     return "a CPU core" if "thread" in hardware else hardware.removeprefix("NVIDIA ").split(" 80GB")[0]
 
 
@@ -112,8 +117,8 @@ def best_classical(task: str, records: list[dict]) -> dict | None:
 
 
 def too_little_training(record: dict, records: list[dict]) -> str:
-    """Why no claim is made against a solver: "below its measurement" or "below a classical method"; "" where
-    neither holds.
+    """Why no claim is made against a solver: "below its measurement", "below a classical method", or "no
+    better since its training fell apart"; "" where none holds.
 
     A flow that is only plugged in is meant to be as bad as it is, and a classical method that is above all
     of the paper's solvers too (deblurring without noise) says nothing of a training."""
@@ -121,6 +126,9 @@ def too_little_training(record: dict, records: list[dict]) -> str:
         return "diverged"
     if METHODS[record["method"]].frozen:
         return ""
+    restarts = record["training"].get("restarts")
+    if restarts and record["training"]["best_step"] < restarts[-1]["step"]:
+        return "no better since its training fell apart"
     if record["psnr"]["mean"] is None or record["psnr"]["mean"] < record["psnr_measurement"]["mean"]:
         return "below its measurement"
     classical = best_classical(record["task"], records)
@@ -131,10 +139,20 @@ def too_little_training(record: dict, records: list[dict]) -> str:
     return ""
 
 
-def table(name: str, edition: str, records: list[dict], of_build: bool = False) -> list[dict]:
+def remark(record: dict, records: list[dict]) -> str:
+    """What is to be known of a solver's training beside its result; "–" for nothing."""
+    fell = [f"{restart['step']:,}" for restart in record["training"].get("restarts") or ()]
+    told = f"training fell apart at step {listed(fell)}, went on at half the rate" if fell else ""
+    return "; ".join(filter(None, (too_little_training(record, records), told))) or "–"
+
+
+def table(
+    name: str, edition: str, records: list[dict], of_build: bool = False, others: Sequence[dict] = ()
+) -> list[dict]:
     """Rows of one of the paper's tables: its number beside ours. Table I also has the measurement and the
     best classical method; our extension, glow-noisy, gets a row wherever the paper compares proximal
-    mappings. of_build: the records are this build's, not those kept with the code."""
+    mappings. of_build: the records are this build's, not those kept with the code; others: where to look for
+    what is not among them, of other profiles."""
     paper, evaluation = paper_table(name, edition), PAPER_TABLES[name, edition].evaluation
     ours, rows = outcomes(records, evaluation), []
     for task in dict.fromkeys(key[0] for key in paper):
@@ -150,10 +168,22 @@ def table(name: str, edition: str, records: list[dict], of_build: bool = False) 
             record = ours.get((task, method))
             source = {"Record": record_of(record, of_build) if record else "–"}
             row = head | printed | _ours(record, evaluation, records) | source
+            if record is None:
+                row |= _elsewhere(others, edition, evaluation, task, method)
             remarks = [row["Remark"], repeats(task, evaluation)]
             row["Remark"] = "; ".join(r for r in remarks if r not in ("", "–")) or "–"
             rows.append(row)
     return rows
+
+
+def _elsewhere(others, edition, evaluation, task, method):
+    """Remark and record of a run that another profile has."""
+    found = [r for r in others if r["kind"] == "solver" and r["experiment"]["edition"] == edition]
+    found = [r for r in found if (r["task"], r["method"]) == (task, method) and part(r, evaluation)]
+    if not found:
+        return {}
+    profile, quality = found[0]["experiment"]["profile"], part(found[0], evaluation)["psnr"]
+    return {"Remark": f"profile {profile}: {plus_minus(quality)} dB", "Record": record_of(found[0])}
 
 
 _NOT_RUN = {
@@ -186,7 +216,7 @@ def _ours(record, evaluation, records):
             "Worst image": f"{min(finite, default=np.nan):.1f}",
             "Below y": f"{below_measurement(record)} of {len(finite)}" if evaluation is None else "–",
             "SSIM": plus_minus(found["ssim"], 3).split("\u00a0")[0],
-            "Remark": too_little_training(record, records) or "–",
+            "Remark": remark(record, records),
         }
     )
 
@@ -224,7 +254,7 @@ def provenance_rows(here: list[dict], kept: list[dict]) -> list[dict]:
             "Seed": r["experiment"]["seed"],
             "Hardware": made["hardware"],
             "Date": made["date"][:10],
-            "Training": f"{minutes(r['training']):.1f} min" if "training" in r else "–",
+            "Training": f"{minutes(r):.1f} min" if "training" in r else "–",
             "Steps": f"{r['training']['steps']:,}" if "training" in r else "–",
             "Parameters": f"{r['num_parameters']:,}" if "num_parameters" in r else "–",
         }
@@ -282,7 +312,7 @@ def beside_classical(task, edition, records):
     experiment's records."""
     paper = {method: value for (of, method), value in paper_table("I", edition).items() if of == task}
     best = max(paper, key=paper.get)
-    empty = {"PSNR, dB": "not run", "SSIM": "–", "ms an image": "–", "Parameter": "–"}
+    empty = {"PSNR, dB": "not run", "SSIM": "–", "ms an image": "–", "On": "–", "Parameter": "–"}
     rows = [
         {"Method": f"Best of the paper: {METHODS[best].label}"} | empty | {"PSNR, dB": f"{paper[best]:.2f}"}
     ]
@@ -294,6 +324,7 @@ def beside_classical(task, edition, records):
             "PSNR, dB": plus_minus(r["psnr"]),
             "SSIM": f"{r['ssim']['mean']:.3f}",
             "ms an image": f"{r['milliseconds_per_image']:.1f}",
+            "On": machine(r, "evaluated"),
             "Parameter": f"{chosen['name']} = {chosen['value']:g}" if chosen else "–",
         }
 
@@ -316,7 +347,7 @@ def costs(task, records):
             "Parameters a fold": f"{r['num_parameters']:,}",
             "GFLOP an image": f"{r['gflop_per_image']:.2f}" if "gflop_per_image" in r else "–",
             "ms an image": f"{r['milliseconds_per_image']:.1f}",
-            "Training": f"{minutes(r['training']):.1f} min",
+            "Training": f"{minutes(r):.1f} min",
             "On": machine(r),
             "Images seen": f"{r['training']['images_seen']:,}",
         }
@@ -344,14 +375,15 @@ def verdict(pair: Comparison) -> str:
     return "replicated" if pair.difference * pair.paper > 0 else "the opposite"
 
 
-def claims(name: str, edition: str, records: list[dict]) -> list[dict]:
+def claims(name: str, edition: str, records: list[dict], others: Sequence[dict] = ()) -> list[dict]:
     """Rows: every order of two methods that the paper draws conclusions from in one of its tables, run or
-    not: its difference, ours, and the verdict."""
+    not: its difference, ours, and the verdict. others: records to look in where the two are not in records;
+    both are taken from one profile."""
     rows, paper, about = [], paper_table(name, edition), PAPER_TABLES[name, edition]
     for task in dict.fromkeys(key[0] for key in paper):
         for first, second in about.pairs:
             if {(task, first), (task, second)} <= set(paper):
-                pair = compare(records, name, edition, task, first, second)
+                pair, profile = _pair(records, others, name, edition, task, first, second)
                 rows.append(
                     {
                         "Task": _task_cell(task, about.evaluation),
@@ -359,6 +391,7 @@ def claims(name: str, edition: str, records: list[dict]) -> list[dict]:
                         "Paper, dB": signed(paper[task, first] - paper[task, second]),
                         "Ours, dB": f"{signed(pair.difference)} ± {pair.half_width:.2f}" if pair else "–",
                         "Verdict": verdict(pair) if pair else "not run",
+                        "Profile": profile,
                         "Seeds": pair.num_seeds if pair else 0,
                         "Page": Link("page", page_of(name, edition, task)),
                     }
@@ -366,15 +399,31 @@ def claims(name: str, edition: str, records: list[dict]) -> list[dict]:
     return rows
 
 
+def _pair(records, others, name, edition, task, first, second):
+    """compare() of two methods, and the profile that they are of: that of the records, or one of the others
+    that has both."""
+    groups = [[r for r in records if r["task"] == task]]
+    for profile in dict.fromkeys(r["experiment"]["profile"] for r in others):
+        groups.append([r for r in others if r["experiment"]["profile"] == profile])
+    for group in groups:
+        found = [r for r in group if r["experiment"]["edition"] == edition]
+        pair = compare(found, name, edition, task, first, second)
+        if pair:
+            solvers = (r for r in found if r["kind"] != "classical")
+            return pair, next(r["experiment"]["profile"] for r in solvers)
+    return None, "–"
+
+
 def _task_cell(task, evaluation):
     remark = repeats(task, evaluation)
     return f"{TASKS[task].kind}, {setting(task, evaluation)}" + f" ({remark})" * bool(remark)
 
 
-def every_claim(edition: str, records: list[dict]) -> list[dict]:
-    """Rows: the claims of all tables of an edition."""
+def every_claim(edition: str, records: list[dict], others: Sequence[dict] = ()) -> list[dict]:
+    """Rows: the claims of all tables of an edition; others: see claims."""
     names = [name for name, of in PAPER_TABLES if of == edition]
-    return [{"Table": f"{edition} {name}"} | row for name in names for row in claims(name, edition, records)]
+    rows = [(name, row) for name in names for row in claims(name, edition, records, others)]
+    return [{"Table": f"{edition} {name}"} | row for name, row in rows]
 
 
 class Link(NamedTuple):
@@ -442,7 +491,7 @@ def every_number(records: list[dict]) -> list[dict]:
                     "Paper, dB": f"{value:.2f}",
                     "Ours, dB": plus_minus(found) if found else "diverged" if record else "not run",
                     "Ours − paper": signed(away) if finite else "–",
-                    "Remark": (record and too_little_training(record, of_edition)) or "–",
+                    "Remark": remark(record, of_edition) if found else "–",
                     "Profile": record["experiment"]["profile"] if record else "–",
                     "Record": record_of(record) if record else "–",
                     "Page": Link("page", page_of(name, edition, task)),
@@ -452,10 +501,10 @@ def every_number(records: list[dict]) -> list[dict]:
 
 
 def budget(records: list[dict]) -> str:
-    """One sentence on what the runs of a comparison had."""
-    solvers = [r for r in records if r["kind"] == "solver"]
+    """One sentence on what the runs of a comparison had, those apart that train step sizes only."""
+    solvers = [r for r in records if r["kind"] == "solver" and not METHODS[r["method"]].frozen]
     images = [r["training"]["images_seen"] for r in solvers]
-    times = [minutes(r["training"]) for r in solvers]
+    times = [minutes(r) for r in solvers]
     told = sorted({in_words(r["experiment"]) for r in solvers})
     return (
         f"The runs compared are those {' and '.join(told)}. Each solver saw {min(images):,} to "
@@ -466,24 +515,42 @@ def budget(records: list[dict]) -> str:
 MARKS = {"replicated": "✓", "the opposite": "✗", "not distinguishable": "≈"}
 
 
-def overview(edition: str, records: list[dict]) -> list[dict]:
+def overview(edition: str, records: list[dict], others: Sequence[dict] = ()) -> list[dict]:
     """Rows: every pair of methods that the paper's tables compare, one column a task of Table I; in brackets
-    the paper's difference."""
+    the paper's difference. others: see claims."""
     tasks = list(dict.fromkeys(key[0] for key in paper_table("I", edition)))
     rows = []
     for (name, of), about in PAPER_TABLES.items():
         for first, second in about.pairs if of == edition else ():
             cells = {}
             for task in tasks:
-                pair = compare(records, name, edition, task, first, second)
+                pair, profile = _pair(records, others, name, edition, task, first, second)
                 cells[TASKS[task].label] = "–"
                 if pair and pair.paper is not None:
                     mark = MARKS.get(verdict(pair), "?")
                     numbers = f"{signed(pair.difference)} ± {pair.half_width:.2f} ({signed(pair.paper)})"
-                    cells[TASKS[task].label] = f"{mark} {numbers}"
+                    notes = [repeats(task, about.evaluation).replace("table ", "")]
+                    notes += ["last fold told"] * (
+                        about.evaluation == "ood_measurements" and task == "inpainting"
+                    )
+                    same = any(r["experiment"]["profile"] == profile for r in records if r["task"] == task)
+                    notes += [] if same else [profile]
+                    cells[TASKS[task].label] = ", ".join(filter(None, (f"{mark} {numbers}", *notes)))
             if set(cells.values()) != {"–"}:
                 label = f"{METHODS[first].short} over {METHODS[second].short}"
                 rows.append({"Table": name, "First over second": label} | cells)
+    return rows
+
+
+def learning_rates() -> list[dict]:
+    """Rows: what short trainings at several learning rates reached, of benchmarks/learning_rates.py."""
+    text = (RESULTS / "benchmarks/learning_rates.json").read_text(encoding="utf-8")
+    rows = []
+    for row in json.loads(text)["rows"]:
+        curve = row.get("psnr", {})
+        told = " → ".join(f"{value:.2f}" for value in curve.values()) or "diverged"
+        rate = {"Method": METHODS[row["method"]].short, "Learning rate": f"{row['lr']:g}"}
+        rows.append(rate | {"At steps": ", ".join(curve) or "–", "Validation, dB": told})
     return rows
 
 
@@ -494,13 +561,14 @@ def tabulate(experiment):
     edition, names, sizes = experiment.names["edition"], experiment.names, experiment.split_sizes
     write_csv(tables / "table1.csv", linked(table("I", edition, here, of_build=True)))
     for of in ("v2", "v1"):
-        write_csv(tables / f"recorded_{of}.csv", linked(table("I", of, comparison(kept, of))))
+        write_csv(tables / f"recorded_{of}.csv", linked(table("I", of, comparison(kept, of), others=kept)))
     write_csv(tables / "numbers.csv", every_number([r for e in ("v2", "v1") for r in comparison(kept, e)]))
+    write_csv(tables / "learning_rates.csv", learning_rates())
     write_csv(tables / "provenance.csv", linked(provenance_rows(here, kept)))
     shutil.rmtree(experiment.build / "records", ignore_errors=True)
     for r in here:  # those that are recorded lie in results/
         write_json(experiment.build / record_of(r, of_build=True).href.removeprefix("../"), r)
-    times = [minutes(r["training"]) for r in here if "training" in r]
+    times = [minutes(r) for r in here if "training" in r]
     write_text(
         tables / "build.md",
         f"This build used the profile **{names['profile']}** on the data set **{names['dataset']}** with the "

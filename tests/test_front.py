@@ -101,7 +101,8 @@ def test_the_plugged_in_solver_is_its_record_and_the_kept_flow():
 
 @needs_kept
 def test_hero_shows_three_tasks():
-    titles = [axis.get_title() for axis in gallery.hero().axes if axis.get_title()]
+    wide, narrow = gallery.hero().values()
+    titles = [axis.get_title() for axis in wide.axes if axis.get_title()]
     assert titles == [
         "a hole",
         "a hole, restored",

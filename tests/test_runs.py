@@ -24,6 +24,8 @@ def results(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "RESULTS", folder)
     folder.mkdir()
     shutil.copy(ROOT / "results/paper.csv", folder)
+    (folder / "benchmarks").mkdir()
+    shutil.copy(ROOT / "results/benchmarks/learning_rates.json", folder / "benchmarks")
     return folder
 
 
@@ -259,8 +261,10 @@ def solver_record(method, psnr, measurement=20.0, seed=0, profile="cpu", images_
         method=method,
         experiment=dict(profile=profile, dataset="celeba", edition="v2", seed=seed),
         psnr=quality,
+        ssim=records.statistics([0.8, 0.9]),
         psnr_measurement=records.statistics([measurement] * 3),
         training=dict(images_seen=images_seen),
+        settings_hash="0123456789",
         data=dict(pixels_sha256="x"),
     )
 
@@ -293,6 +297,33 @@ def test_profiles_are_not_mixed_within_a_task():
     assert records.comparison(short + long, "v2") == short  # the longer one has no ResNet yet
     long.append(solver_record("resnet", 28, images_seen=1000))
     assert records.comparison(short + long, "v2") == long
+
+
+def test_what_a_profile_lacks_is_looked_for_in_others():
+    cpu = [solver_record(m, 32, task="inpainting") for m in ("glow", "unet", "resnet")]
+    short = [solver_record(m, 30, profile="short", task="inpainting") for m in ("unet", "unet-denoiser")]
+    claims = {r["Claim"]: r for r in tables.claims("I", "v2", cpu, cpu + short) if "inpainting" in r["Task"]}
+    assert claims["GLOW over U-Net"]["Profile"] == "cpu"
+    assert claims["U-Net, denoiser over U-Net"]["Profile"] == "short"  # both of one profile
+    assert claims["U-Net, denoiser over U-Net"]["Ours, dB"].startswith("+0.00")
+    assert claims["ResNet, denoiser over ResNet"]["Verdict"] == "not run"
+    rows = {r["Method"]: r for r in tables.table("I", "v2", cpu, others=short) if r["Task"] == "inpainting"}
+    row = rows["U-Net prox (pre-trained denoiser)"]
+    assert row["Ours, dB"] == "not run" and row["Remark"].startswith("profile short: 30.00")
+    assert row["Record"] == tables.record_of(short[1])
+    cells = [r["inpainting, W = 19"] for r in tables.overview("v2", cpu, cpu + short)]
+    assert [cell.endswith(", short") for cell in cells[:3]] == [False, False, True]
+
+
+def test_a_training_that_fell_apart_is_told_of():
+    fell, found = solver_record("unet", 28), solver_record("glow", 30)
+    fell["training"] |= dict(restarts=[{"step": 1500, "reason": ""}], best_step=2000, steps=6000)
+    assert tables.remark(fell, []) == "training fell apart at step 1,500, went on at half the rate"
+    assert tables.verdict(tables.compare([found, fell], "I", "v2", "denoising")) == "replicated"
+    fell["training"]["restarts"].append({"step": 6000, "reason": ""})  # and there was no step left
+    assert tables.remark(fell, []).startswith("no better since its training fell apart")
+    assert tables.verdict(tables.compare([found, fell], "I", "v2", "denoising")).startswith("no claim: U-Net")
+    assert tables.remark(found, []) == "–"
 
 
 def test_what_is_not_finite_is_counted():

@@ -24,6 +24,7 @@ def project(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     (folder / "results/runs").mkdir(parents=True)
     shutil.copy(ROOT / "results/paper.csv", folder / "results")
+    shutil.copytree(ROOT / "results/benchmarks", folder / "results/benchmarks")
     return folder
 
 
