@@ -140,7 +140,7 @@ def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path, bits: int = 16
     sizes, with another scale rule than "tanh", or of images that are not square for deblurring."""
     if not all(isinstance(prox, GlowProx) for prox in solver.proxes):
         raise ValueError("only solvers with a flow can be exported: others have no shrinkage to move")
-    flows = [prox.glow for prox in copy.deepcopy(solver.proxes).float()]
+    flows = [prox.glow for prox in copy.deepcopy(solver.proxes).cpu().float()]
     config = flows[0].config
     if any(flow.config != config for flow in flows):
         raise ValueError("only solvers whose flows are all of one size can be exported")
@@ -162,7 +162,7 @@ def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path, bits: int = 16
         return [x, body("Squeeze", x, body.constant(np.int64([0]))), norm]
 
     weights = [name for level in levels for part in level for name in part]
-    x0 = graph.constant(solver.x0.float())
+    x0 = graph.constant(solver.x0.cpu().float())
     _, *results = graph.scan(one_fold, x0, ["step_size", "shrinkage", *weights])
     data = dict(denoising={}, inpainting={"mask": [1, 1, *shape[1:]]}, deblurring={"blur": shape[1:]})
     inputs = {"y": [1, *shape], **data[task], "step_size": [num_folds], "shrinkage": [num_folds]}
