@@ -40,7 +40,7 @@ def test_page(browser, site, path, width, theme):
     page.goto(site + path)
     page.wait_for_selector("article h1")  # index.html forwards to the front page
     page.wait_for_load_state("networkidle")
-    for image in page.locator("article img").all():
+    for image in page.locator("article img:visible").all():
         image.scroll_into_view_if_needed()
 
     assert page.evaluate("document.documentElement.dataset.theme") == theme
