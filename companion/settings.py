@@ -272,7 +272,12 @@ PROFILE_WORDS = {
     "paper": "the paper's networks and trainings",
 }
 EDITION_WORDS = {"v1": "first edition (v1)", "v2": "final edition (v2)"}
-DATASET_WORDS = {"celeba": "photographs of faces (CelebA)", "synthetic": "faces that the project draws"}
+DATASET_WORDS = {
+    "celeba": "photographs of faces (CelebA)",
+    "anime": "anime faces",
+    "synthetic": "faces that the project draws",
+    "synthetic-ood": "faces that the project draws, with other eyes and colours",
+}
 
 
 def in_words(names: dict) -> str:

@@ -59,6 +59,13 @@ class _Graph:
         return self("Conv", x, weight, bias, kernel_shape=[size, size], pads=[size // 2] * 4)
 
 
+def quantized(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scale) of convolutions (..., O, I, H, W): integers of 8 or 16 bits, one scale for each output
+    channel; codes * scale is what an exported solver computes with."""
+    scale = weight.abs().amax(dim=(-3, -2, -1), keepdim=True).clamp_min(1e-30) / (2 ** (bits - 1) - 1)
+    return (weight / scale).round().to(torch.int8 if bits == 8 else torch.int16), scale
+
+
 def _weights(graph, levels, bits):
     """Names of the weights of one level of all folds, (K, number of steps, ...) each: of the affine maps,
     their inverses, and the convolutions."""
@@ -71,9 +78,7 @@ def _weights(graph, levels, bits):
     pairs[-1] = [torch.cat([v[:, :, 0::2], v[:, :, 1::2]], dim=2) for v in pairs[-1]]
     convs = []
     for weight, bias in pairs[2:]:
-        largest = weight.abs().amax(dim=(3, 4, 5), keepdim=True).clamp_min(1e-30)
-        scale = largest / (2 ** (bits - 1) - 1)
-        convs += [(weight / scale).round().to(torch.int8 if bits == 8 else torch.int16), scale, bias]
+        convs += [*quantized(weight, bits), bias]
     return [[graph.constant(values) for values in part] for part in (*affine, convs)]
 
 
@@ -137,7 +142,8 @@ def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path, bits: int = 16
     (`Blur.matrix`); step_size and shrinkage (K,), so that they can be moved. Outputs: folds (K, C, H, W), the
     images x_k, and latent_norms (K,), ``‖f_k(x̃_k)‖``. Weights of convolutions are kept in 16 bits, which
     changes pixels by about 1e-4, or in 8. Raises ValueError for a solver without flows, with flows of unequal
-    sizes, with another scale rule than "tanh", or of images that are not square for deblurring."""
+    sizes, with another scale rule than "tanh", or of images that are not square for deblurring; and for
+    another number of bits."""
     if not all(isinstance(prox, GlowProx) for prox in solver.proxes):
         raise ValueError("only solvers with a flow can be exported: others have no shrinkage to move")
     flows = [prox.glow for prox in copy.deepcopy(solver.proxes).cpu().float()]

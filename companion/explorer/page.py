@@ -25,7 +25,7 @@ from companion.runs import is_finished, load, records_of_build
 from companion.settings import METHODS, TASKS
 from companion.training import model_path
 from data.portraits import BOXES
-from flowlib.export import export_onnx
+from flowlib.export import export_onnx, quantized
 from flowlib.files import write_atomically
 from flowlib.images import to_tensor
 from flowlib.metrics import psnr
@@ -81,8 +81,8 @@ def rounded(solver):
     fetches half of 16."""
     solver = copy.deepcopy(solver)
     for weight in (p for p in solver.proxes.parameters() if p.ndim == 4):
-        scale = weight.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30) / 127
-        weight.copy_((weight / scale).round() * scale)
+        codes, scale = quantized(weight, 8)
+        weight.copy_(codes * scale)
     return solver
 
 
