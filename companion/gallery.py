@@ -127,11 +127,9 @@ def hero():
     narrow, under = {}, {}
     for k, original in enumerate(x):
         for i, what in enumerate(("measured", "restored")):
-            images = torch.stack([pair[i][k] for pair in pairs.values()])
-            narrow[what + " " * k], under[what + " " * k] = (
-                images,
-                decibels(images, original.expand_as(images)),
-            )
+            title = what + " " * k  # titles of columns must differ
+            narrow[title] = torch.stack([pair[i][k] for pair in pairs.values()])
+            under[title] = decibels(narrow[title], original.expand_as(narrow[title]))
     return {
         "hero": figures.image_grid(wide | {"original": x}, below, width=8.8),
         "hero-narrow": figures.image_grid(narrow, under, list(pairs), width=4.4),

@@ -142,7 +142,8 @@ def too_little_training(record: dict, records: list[dict]) -> str:
 def remark(record: dict, records: list[dict]) -> str:
     """What is to be known of a solver's training beside its result; "–" for nothing."""
     fell = [f"{restart['step']:,}" for restart in record["training"].get("restarts") or ()]
-    told = f"training fell apart at step {listed(fell)}, went on at half the rate" if fell else ""
+    steps = f"step{'s' * (len(fell) > 1)} {listed(fell)}"
+    told = f"training fell apart at {steps}, went on at half the rate" if fell else ""
     return "; ".join(filter(None, (too_little_training(record, records), told))) or "–"
 
 
