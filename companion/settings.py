@@ -236,8 +236,8 @@ PROFILES = {
             "glow": Training(
                 num_steps=450, batch_size=16, lr=4e-5, clip_norm=0.1, validate_every=100, mirror=True
             ),
-            "unet": Training(num_steps=4000, batch_size=16, lr=5e-4, validate_every=200, mirror=True),
-            "resnet": Training(num_steps=6000, batch_size=16, lr=5e-4, validate_every=300, mirror=True),
+            "unet": Training(num_steps=8000, batch_size=16, lr=5e-4, validate_every=400, mirror=True),
+            "resnet": Training(num_steps=12_000, batch_size=16, lr=5e-4, validate_every=600, mirror=True),
         },
     ),
     "paper": Profile(
