@@ -236,8 +236,8 @@ PROFILES = {
             "glow": Training(
                 num_steps=450, batch_size=16, lr=4e-5, clip_norm=0.1, validate_every=100, mirror=True
             ),
-            "unet": Training(num_steps=8000, batch_size=16, lr=5e-4, validate_every=400, mirror=True),
-            "resnet": Training(num_steps=12_000, batch_size=16, lr=5e-4, validate_every=600, mirror=True),
+            "unet": Training(num_steps=4000, batch_size=16, lr=5e-4, validate_every=200, mirror=True),
+            "resnet": Training(num_steps=6000, batch_size=16, lr=5e-4, validate_every=300, mirror=True),
         },
     ),
     "paper": Profile(
@@ -262,6 +262,16 @@ PROFILES = {
         },
     ),
 }
+# The same for twice as long.
+PROFILES["gpu-longer"] = replace(
+    PROFILES["gpu"],
+    unfolding={
+        method: replace(
+            training, num_steps=2 * training.num_steps, validate_every=2 * training.validate_every
+        )
+        for method, training in PROFILES["gpu"].unfolding.items()
+    },
+)
 # What the names of profiles and data sets stand for, in a few words, wherever a page tells of its runs.
 PROFILE_WORDS = {
     "smoke": "a few steps, to test the code",
@@ -269,6 +279,7 @@ PROFILE_WORDS = {
     "short": "a small flow, some minutes a training on one core",
     "cpu": "a middling flow, up to an hour a training on one core",
     "gpu": "the paper's networks, minutes a training on a large GPU",
+    "gpu-longer": "as `gpu`, every solver trained for twice as long",
     "paper": "the paper's networks and trainings",
 }
 EDITION_WORDS = {"v1": "first edition (v1)", "v2": "final edition (v2)"}
