@@ -13,6 +13,7 @@ import torch
 from IPython.display import SVG
 from matplotlib.ticker import MaxNLocator
 
+from companion.records import of_seeds
 from companion.settings import EDITION_WORDS, METHODS, TASKS, in_few_words, in_words
 from companion.tables import (
     PAPER_TABLES,
@@ -415,6 +416,7 @@ def every_run(task, edition, records):
             "Method": METHODS[r["method"]].label,
             "Ours, dB": plus_minus(r["psnr"]),
             "Profile": r["experiment"]["profile"],
+            "Seed": r["experiment"]["seed"],
             "Parameters a fold": f"{r['num_parameters']:,}",
             "Images seen": f"{r['training']['images_seen']:,}",
             "Minutes": f"{minutes(r):.1f}",
@@ -548,7 +550,12 @@ def answer(name, edition, task, kept, here, told=in_few_words):
     """Sentences, from the records alone: how the methods that one of the paper's tables compares stand to one
     another for a task, in the recorded runs with a verdict (on photographs), in those just made without.
     told: says what a record's experiment was run on."""
-    known = {(r["settings_hash"], r["data"]["pixels_sha256"]) for r in kept if r["kind"] == "solver"}
+    known = {
+        (r["settings_hash"], r["data"]["pixels_sha256"])
+        for k in kept
+        if k["kind"] == "solver"
+        for r in of_seeds(k)
+    }
     solved = [r for r in here if r["kind"] == "solver"]
     same = solved and all((r["settings_hash"], r["data"]["pixels_sha256"]) in known for r in solved)
     sentences = []

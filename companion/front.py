@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from companion import gallery
 from companion.files import write_text
-from companion.records import comparison, recorded
+from companion.records import comparison, merged, of_seeds, recorded
 from companion.settings import METHODS, PROFILE_WORDS
 from companion.tables import compare, every_claim, listed, machine, minutes, paper_table, signed, verdict
 from data.portraits import BOXES
@@ -72,14 +72,17 @@ def bottom_line(records: list[dict]) -> list[str]:
     }
     parts = [f"{counts[key]} {words}" for key, words in told.items() if key in counts]
     solvers = [r for r in run if r["kind"] == "solver"]
-    seeds = len({r["experiment"]["seed"] for r in solvers})
+    seeds = sorted({len(of_seeds(r)) for r in solvers})
+    trained = (
+        f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] > 1)}"
+    )
     second += other_sizes(records, run)
     twice = sum("all but repeats" in row["Task"] for row in claims)
     repeated = f" ({twice} of them all but repeat others, see there)" if twice else ""
     third = (
         f"Of all {len(claims)} orders of two methods in the paper's tables, both editions{repeated}, "
-        f"{listed(parts)}; each method was trained with {seeds} seed{'s' * (seeds > 1)}, and ± is the 95 % "
-        "interval over test images."
+        f"{listed(parts)}; each method was trained with {trained}, and ± is the 95 % interval over test "
+        "images" + " and, where a task has several, over seeds" * (seeds[-1] > 1) + "."
     )
     return [first, second, third]
 
@@ -88,10 +91,12 @@ def other_sizes(records: list[dict], shown: list[dict], tasks: Sequence[str] = M
     """What runs of another size than those of the headline say of the main claim; "" where they agree."""
     sentences = []
     taken = {(r["task"], r["experiment"]["profile"]) for r in shown if r["kind"] == "solver"}
-    for profile in ("gpu", "paper"):
+    for profile in ("gpu", "gpu-longer", "paper"):
         of_size = [r for r in records if r["experiment"]["edition"] == "v2" and _of(r, profile)]
         for task in tasks:
             pairs = {rival: compare(of_size, "I", "v2", task, "glow", rival) for rival in RIVALS}
+            if not any(r["task"] == task and r["method"] == "glow" for r in of_size):
+                sentences += _rivals_alone([r for r in of_size if r["task"] == task], profile)
             if (task, profile) in taken or not all(pairs.values()):
                 continue
             if min(pair.difference for pair in pairs.values()) < 0:
@@ -110,6 +115,19 @@ def other_sizes(records: list[dict], shown: list[dict], tasks: Sequence[str] = M
                     f"flow is not ahead in {task}: after {seen['glow']:,} training images {told}."
                 )
     return "".join(sentences)
+
+
+def _rivals_alone(records, profile):
+    """What both rivals reach at a size at which the flow was not run."""
+    found = {r["method"]: r for r in merged(records) if r["kind"] == "solver"}
+    if not set(RIVALS) <= set(found):
+        return []
+    told = [
+        f"the {METHODS[rival].short} reaches {found[rival]['psnr']['mean']:.2f} dB "
+        f"(after {found[rival]['training']['images_seen']:,} images)"
+        for rival in RIVALS
+    ]
+    return [f" Trained for longer (profile `{profile}`), {listed(told)}; the flow was not run so."]
 
 
 def paper_claims() -> list[str]:
@@ -146,10 +164,10 @@ def _millions(number):
 
 def _shown(records):
     """The solvers of edition v2, and the profiles of the budgets' table."""
-    of_v2 = [r for r in records if r["experiment"]["edition"] == "v2" and r["kind"] == "solver"]
+    of_v2 = [r for r in merged(records) if r["experiment"]["edition"] == "v2" and r["kind"] == "solver"]
     shown = {r["experiment"]["profile"] for r in comparison(records, "v2") if r["kind"] == "solver"}
-    shown |= {"gpu"} & {r["experiment"]["profile"] for r in of_v2}
-    return of_v2, [profile for profile in ("gpu", "cpu", "short") if profile in shown]
+    shown |= {"gpu", "gpu-longer"} & {r["experiment"]["profile"] for r in of_v2}
+    return of_v2, [profile for profile in ("gpu-longer", "gpu", "cpu", "short") if profile in shown]
 
 
 def told_profiles(records: list[dict]) -> list[str]:
@@ -171,9 +189,9 @@ def budgets(records: list[dict]) -> list[str]:
     for profile in shown:
         here = [r for r in of_v2 if _of(r, profile)]
         flow = next(r for r in records if r["kind"] == "flow" and r["name"] == "flow" and _of(r, profile))
-        sizes = [
-            next((_millions(r["num_parameters"]) for r in here if r["method"] == method), "–")
-            for method in ("glow", "unet", "resnet")
+        sizes = [_millions(flow["num_parameters"])] + [
+            next((_millions(r["num_parameters"]) for r in here if r["method"] == rival), "–")
+            for rival in RIVALS
         ]
         trained = [r for r in here if not METHODS[r["method"]].frozen]
         seen = [r["training"]["images_seen"] for r in trained]

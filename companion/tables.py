@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 
 from companion.files import write_csv, write_json, write_text
 from companion.paths import RESULTS
-from companion.records import comparison, mean_and_interval, recorded
+from companion.records import comparison, mean_and_interval, merged, of_seeds, recorded
 from companion.runs import records_of_build
 from companion.settings import METHODS, TASKS, in_words
 from flowlib import Blur
@@ -70,10 +71,11 @@ def part(record: dict, evaluation: str | None) -> dict | None:
 
 
 def outcomes(records: list[dict], evaluation: str | None = None) -> dict:
-    """{(task, method): record} of the solvers that have this evaluation, and of those that diverged."""
+    """{(task, method): record, seeds merged} of the solvers that have this evaluation, and of those that
+    diverged."""
     return {
         (r["task"], r["method"]): r
-        for r in records
+        for r in merged(records)
         if r["kind"] == "failed" or (r["kind"] == "solver" and part(r, evaluation))
     }
 
@@ -100,6 +102,13 @@ def machine(record: dict, what: str = "trained") -> str:
     return "a CPU core" if "thread" in hardware else hardware.removeprefix("NVIDIA ").split(" 80GB")[0]
 
 
+def seeds(record: dict, evaluation: str | None = None) -> str:
+    """How many, and where there are several, the result of each: "2: 32.22, 32.44"."""
+    found = [part(r, evaluation) for r in of_seeds(record)]
+    values = [f"{p['psnr']['mean']:.2f}" if p and p.get("psnr") else "diverged" for p in found]
+    return "1" if len(values) == 1 else f"{len(values)}: {', '.join(values)}"
+
+
 def below_measurement(record: dict) -> int:
     """How many test images end below their measurement."""
     pairs = zip(record["psnr"]["values"], record["psnr_measurement"]["values"])
@@ -117,18 +126,19 @@ def best_classical(task: str, records: list[dict]) -> dict | None:
 
 
 def too_little_training(record: dict, records: list[dict]) -> str:
-    """Why no claim is made against a solver: "below its measurement", "below a classical method", or "no
-    better since its training fell apart"; "" where none holds.
+    """Why no claim is made against a solver: "below its measurement", "below a classical method", or, of one
+    of its seeds, "diverged" or "no better since its training fell apart"; "" where none holds.
 
     A flow that is only plugged in is meant to be as bad as it is, and a classical method that is above all
     of the paper's solvers too (deblurring without noise) says nothing of a training."""
-    if record["kind"] == "failed":
+    if any(r["kind"] == "failed" for r in of_seeds(record)):
         return "diverged"
     if METHODS[record["method"]].frozen:
         return ""
-    restarts = record["training"].get("restarts")
-    if restarts and record["training"]["best_step"] < restarts[-1]["step"]:
-        return "no better since its training fell apart"
+    for training in (r["training"] for r in of_seeds(record)):
+        restarts = training.get("restarts")
+        if restarts and training["best_step"] < restarts[-1]["step"]:
+            return "no better since its training fell apart"
     if record["psnr"]["mean"] is None or record["psnr"]["mean"] < record["psnr_measurement"]["mean"]:
         return "below its measurement"
     classical = best_classical(record["task"], records)
@@ -141,10 +151,13 @@ def too_little_training(record: dict, records: list[dict]) -> str:
 
 def remark(record: dict, records: list[dict]) -> str:
     """What is to be known of a solver's training beside its result; "–" for nothing."""
-    fell = [f"{restart['step']:,}" for restart in record["training"].get("restarts") or ()]
-    steps = f"step{'s' * (len(fell) > 1)} {listed(fell)}"
-    told = f"training fell apart at {steps}, went on at half the rate" if fell else ""
-    return "; ".join(filter(None, (too_little_training(record, records), told))) or "–"
+    told = [too_little_training(record, records)]
+    for r in of_seeds(record):
+        fell = [f"{restart['step']:,}" for restart in r["training"].get("restarts") or ()]
+        steps = f"step{'s' * (len(fell) > 1)} {listed(fell)}"
+        which = f" of seed {r['experiment']['seed']}" * ("seeds" in record)
+        told.append(f"training{which} fell apart at {steps}, went on at half the rate" if fell else "")
+    return "; ".join(filter(None, told)) or "–"
 
 
 def table(
@@ -207,13 +220,12 @@ def _ours(record, evaluation, records):
         return _NOT_RUN | trained | {"Ours, dB": "diverged", "Remark": "diverged"}
     found = part(record, evaluation)
     finite = [v for v in found["psnr"]["values"] if v is not None]
-    seeds = {r["experiment"]["seed"] for r in records if r["name"] == record["name"]}
     return (
         _NOT_RUN
         | trained
         | {
             "Ours, dB": plus_minus(found["psnr"]),
-            "Seeds": f"{len(seeds)}",
+            "Seeds": seeds(record, evaluation),
             "Worst image": f"{min(finite, default=np.nan):.1f}",
             "Below y": f"{below_measurement(record)} of {len(finite)}" if evaluation is None else "–",
             "SSIM": plus_minus(found["ssim"], 3).split("\u00a0")[0],
@@ -265,14 +277,14 @@ def provenance_rows(here: list[dict], kept: list[dict]) -> list[dict]:
 
 
 class Comparison(NamedTuple):
-    """Two methods of one task: mean of the paired differences in dB over images and seeds, half the width of
-    its 95 % interval, the paper's difference (None where it has none), the number of seeds, and why no claim
+    """Two methods of one task: mean of the paired differences in dB over images, half the width of its 95 %
+    interval, the paper's difference (None where it has none), the number of seeds of each, and why no claim
     is made ("" otherwise)."""
 
     difference: float
     half_width: float
     paper: float | None
-    num_seeds: int
+    num_seeds: tuple[int, int]
     reason: str
 
 
@@ -280,32 +292,35 @@ def compare(
     records: list[dict], name: str, edition: str, task: str, first: str = "glow", second: str = "unet"
 ):
     """How far method `first` is above `second` in one of the paper's tables, or None where one of the runs
-    is missing.
-
-    records: of one seed, or of several: then an image's difference is its mean over seeds, and the spread of
-    the seeds' means widens the interval."""
+    is missing. Of a method with several seeds an image's PSNR is its mean over them. Where any method of the
+    task has several, the spread of seeds, taken as one for all methods of the task, widens the interval."""
     paper, evaluation = paper_table(name, edition), PAPER_TABLES[name, edition].evaluation
-    by_seed, reasons = [], []
-    for seed in sorted({r["experiment"]["seed"] for r in records}):
-        ours = outcomes([r for r in records if r["experiment"]["seed"] == seed], evaluation)
-        pair = [ours.get((task, method)) for method in (first, second)]
-        if all(pair):
-            reasons += [too_little_training(r, records) for r in pair]
-            values = [part(r, evaluation)["psnr"]["values"] for r in pair if r["kind"] == "solver"]
-            if len(values) == 2 and None not in values[0] + values[1]:
-                by_seed.append(np.subtract(*values))
-    if not by_seed:
+    ours = outcomes(records, evaluation)
+    pair = [ours.get((task, method)) for method in (first, second)]
+    values = [part(r, evaluation)["psnr"]["values"] for r in pair if r and r["kind"] == "solver"]
+    if len(values) < 2 or None in values[0] + values[1]:
         return None
-    difference, half_width = mean_and_interval(np.mean(by_seed, axis=0))
-    if len(by_seed) > 1:
-        half_width = float(np.hypot(half_width, mean_and_interval([np.mean(d) for d in by_seed])[1]))
-    in_paper = (
-        paper[task, first] - paper[task, second] if {(task, first), (task, second)} <= set(paper) else None
-    )
-    reason = next(
-        (f"{METHODS[m].short} {r}" for r, m in zip(reasons, (first, second) * len(reasons)) if r), ""
-    )
-    return Comparison(difference, half_width, in_paper, len(by_seed), reason)
+    difference, of_images = mean_and_interval(np.subtract(*values))
+    num_seeds = tuple(len(of_seeds(r)) for r in pair)
+    solvers = [r for (of, _), r in ours.items() if of == task and r["kind"] == "solver"]
+    half_width = float(np.hypot(of_images, _of_seeds(solvers, evaluation, num_seeds)))
+    printed = {(task, first), (task, second)} <= set(paper)
+    in_paper = paper[task, first] - paper[task, second] if printed else None
+    told = ((METHODS[m].short, too_little_training(r, records)) for m, r in zip((first, second), pair))
+    reason = next((f"{method} {why}" for method, why in told if why), "")
+    return Comparison(difference, half_width, in_paper, num_seeds, reason)
+
+
+def _of_seeds(solvers, evaluation, num_seeds):
+    """Half the 95 % interval, from seeds alone, of a difference of methods with so many seeds: Student's for
+    two samples, the variance pooled over the solvers of a task. 0 where none has several."""
+    found = [[part(r, evaluation) for r in of_seeds(record) if r["kind"] == "solver"] for record in solvers]
+    groups = [[p["psnr"]["mean"] for p in parts if p and p["psnr"]["mean"] is not None] for parts in found]
+    freedom = sum(len(group) - 1 for group in groups if group)
+    if not freedom:
+        return 0.0
+    variance = sum(np.var(group) * len(group) for group in groups if group) / freedom
+    return scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance * sum(1 / n for n in num_seeds))
 
 
 def beside_classical(task, edition, records):
@@ -393,7 +408,7 @@ def claims(name: str, edition: str, records: list[dict], others: Sequence[dict] 
                         "Ours, dB": f"{signed(pair.difference)} ± {pair.half_width:.2f}" if pair else "–",
                         "Verdict": verdict(pair) if pair else "not run",
                         "Profile": profile,
-                        "Seeds": pair.num_seeds if pair else 0,
+                        "Seeds": " and ".join(map(str, pair.num_seeds)) if pair else "–",
                         "Page": Link("page", page_of(name, edition, task)),
                     }
                 )

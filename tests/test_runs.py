@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -281,14 +282,33 @@ def test_verdicts():
 
 
 def test_seeds_widen_the_interval():
-    one = [solver_record("glow", 28), solver_record("unet", 27)]
-    two = one + [solver_record("glow", 28, seed=1), solver_record("unet", 27.5, seed=1)]
+    one = [solver_record("glow", 28), solver_record("unet", 27), solver_record("resnet", 20.5)]
+    two = [*one, solver_record("unet", 27.5, seed=1)]
     single, both = (tables.compare(r, "I", "v2", "denoising") for r in (one, two))
-    assert (
-        both.num_seeds == 2
-        and both.difference == pytest.approx(0.75)
-        and both.half_width > single.half_width + 1
-    )
+    assert single.num_seeds == (1, 1) and both.num_seeds == (1, 2)
+    assert both.difference == pytest.approx(0.75)
+    # Student's interval of two samples, of one and two: t(1) s sqrt(1 + 1/2), with s² = 0.5² / 2
+    of_seeds = 12.706 * np.sqrt(0.5**2 / 2 * 1.5)
+    assert both.half_width == pytest.approx(np.hypot(single.half_width, of_seeds), rel=1e-3)
+    # The spread of one method tells of another of the same task.
+    beside = tables.compare(two, "I", "v2", "denoising", "glow", "resnet")
+    assert beside.half_width == pytest.approx(12.706 * np.sqrt(0.5**2 / 2 * 2), rel=1e-2)
+
+
+def test_seeds_are_merged():
+    found = [solver_record("unet", 27 + seed, seed=seed) for seed in (2, 0, 1)]
+    (row,) = [r for r in tables.table("I", "v2", found) if r["Ours, dB"] not in ("not run", "–")]
+    assert row["Ours, dB"].startswith("28.00") and row["Seeds"] == "3: 27.00, 28.00, 29.00"
+    assert row["Record"] == tables.record_of(found[1])  # of the lowest
+    (merged,) = records.merged(found)
+    assert records.merged([merged]) == [merged] and records.of_seeds(merged) == [found[i] for i in (1, 2, 0)]
+    found[0]["training"] |= dict(restarts=[{"step": 900, "reason": ""}], best_step=600, steps=1000)
+    (merged,) = records.merged(found)
+    told = "no better since its training fell apart"
+    assert tables.too_little_training(merged, []) == told
+    assert tables.remark(merged, []).endswith("of seed 2 fell apart at step 900, went on at half the rate")
+    found.append(solver_record("unet", 0, seed=3) | {"kind": "failed"})
+    assert tables.too_little_training(records.merged(found)[0], []) == "diverged"
 
 
 def test_profiles_are_not_mixed_within_a_task():

@@ -240,7 +240,8 @@ def test_missing_data_and_names_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="python -m companion prepare"):
         runs.ensure(empty, empty.flow())
     with pytest.raises(
-        ValueError, match="unknown profile 'big'; choose one of: smoke, demo, short, cpu, gpu, paper, gpu-longer"
+        ValueError,
+        match="unknown profile 'big'; choose one of: smoke, demo, short, cpu, gpu, paper, gpu-longer",
     ):
         Experiment("big")
     with pytest.raises(ValueError, match="unknown override 'rate'; choose one of: num_folds"):
