@@ -35,7 +35,7 @@ def _parser():
         "classical": "run the classical methods of all tasks, and write their records",
         "tabulate": "write the tables of all records",
         "explorer": "write what the explorer of λ and μ shows",
-        "publish": "copy the records of an experiment's finished runs into results/",
+        "publish": "copy the records of an experiment's finished runs, and their pictures, into results/",
     }.items():
         command = commands.add_parser(name, help=help)
         command.add_argument("--profile", default="demo", choices=PROFILES)
@@ -136,6 +136,7 @@ def _explorer(**choice):
 
 
 def _publish(ship, **choice):
+    from companion.gallery import publish_picture
     from companion.runs import is_finished, publish, publish_classical
     from companion.settings import choose
 
@@ -145,6 +146,7 @@ def _publish(ship, **choice):
     for name, run in experiment.runs().items():
         if is_finished(experiment, run):
             print(publish(experiment, run, ship=name in ship))
+            publish_picture(experiment, run)
     publish_classical(experiment)
 
 

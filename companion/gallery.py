@@ -1,5 +1,5 @@
-"""Two real faces, restored by the solvers that are kept with the code: pictures for every build, whatever it
-was trained on."""
+"""Two real faces, restored by recorded solvers: pictures for every build, whatever it was trained on. Where a
+solver is too large to be kept with the code, what it makes of the faces is kept in its place."""
 
 import functools
 
@@ -8,13 +8,15 @@ import torch
 
 from companion import figures
 from companion.experiment import Experiment
-from companion.records import last_fold_only, measured, reconstruct, recorded
-from companion.runs import kept_experiments, kept_model
-from companion.settings import METHODS, TASKS
+from companion.paths import RESULTS
+from companion.records import last_fold_only, measured, read, reconstruct, recorded
+from companion.runs import is_finished, kept_experiments, kept_model, kept_place, load
+from companion.settings import METHODS, TASKS, Run
 from companion.tables import anchor, record_of
 from data.portraits import portraits
 from data.synthetic import draw_faces
 from flowlib import GlowProx, UnfoldedPGD, psnr
+from flowlib.checkpoints import load_tensors, save_tensors
 from flowlib.images import to_tensor
 
 FLOWS = ("glow", "glow-noisy")
@@ -91,21 +93,78 @@ def restored(task: str, ood: bool = False, solvers: dict | None = None, images: 
     return y, estimates
 
 
+def _picture(record):
+    """Where the faces as this recorded solver restored them are kept, if they are."""
+    names = record["experiment"]
+    folder = f"{names['profile']}-{names['dataset']}-s{names['seed']}"
+    return RESULTS / "pictures" / folder / names["edition"] / f"{record['name']}.safetensors"
+
+
+@torch.no_grad()
+def keep_picture(record: dict, model: UnfoldedPGD):
+    """Keeps the two faces as this recorded solver restores them, in half precision."""
+    y, operator = measured(record["task"], faces(), 0)
+    path = _picture(record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, {"x_hat": reconstruct(model, operator, y)[0].half()}, record["trained"])
+
+
+def publish_picture(experiment: Experiment, run: Run):
+    """Of a published solver whose weights are not kept."""
+    record_path, kept = kept_place(experiment, run)
+    if run.task and not kept.exists() and is_finished(experiment, run):
+        (record,) = read([record_path])
+        if record["kind"] == "solver":
+            keep_picture(record, load(experiment, run))
+
+
+def pictured(task: str, edition: str = "v2", profile: str | None = None) -> dict[str, dict]:
+    """{method: record} of the recorded solvers whose pictures are kept, of any seed: those of the experiment
+    of the kept solvers that are not kept themselves, or all of another profile."""
+    kept = kept_records(task, edition)
+    names = next((r["experiment"] for r in kept.values()), {"profile": None})
+    profile, hidden = profile or names["profile"], () if profile else kept
+    found = {}
+    for r in sorted(recorded(), key=lambda r: -r["experiment"]["seed"]):
+        same = (r["experiment"]["profile"], r["experiment"]["edition"], r["task"]) == (profile, edition, task)
+        if same and r["method"] not in hidden and _picture(r).exists():
+            found[r["method"]] = r
+    return {method: found[method] for method in METHODS if method in found}
+
+
+def _restored_faces(shown):
+    return {method: load_tensors(_picture(r))[0]["x_hat"].float() for method, r in shown.items()}
+
+
+def paper_size(task: str):
+    """Figure like that of examples, of networks of the paper's size (profile gpu-longer); None where no such
+    picture is kept."""
+    shown = pictured(task, profile="gpu-longer")
+    return figures.examples(faces(), measured(task, faces(), 0)[0], _restored_faces(shown)) if shown else None
+
+
 def examples(task: str, ood: bool = False, images: torch.Tensor | None = None):
-    """Figure: measurement, each kept method, original; a sentence where nothing is kept."""
+    """Figure: measurement, each kept method, original; a sentence where nothing is kept. The two faces
+    measured as in training are also shown by methods of which nothing but this picture is kept."""
+    shown = pictured(task) if images is None and not ood else {}
     images = faces() if images is None else images
     y, estimates = restored(task, ood, images=images)
-    return figures.examples(images, y, estimates) if estimates else "No solver for this task is kept."
+    if not estimates:
+        return "No solver for this task is kept."
+    estimates |= _restored_faces(shown)
+    return figures.examples(images, y, {m: estimates[m] for m in METHODS if m in estimates})
 
 
-def sources(task: str) -> str:
-    """HTML: the kept solvers that a picture shows, each with its result on test images and its record."""
+def sources(task: str, profile: str | None = None) -> str:
+    """HTML: the recorded solvers that a picture shows, each with its result on test images and its record.
+    profile: see pictured."""
+    shown = pictured(task, profile=profile) | ({} if profile else kept_records(task))
     told = [
         f"{METHODS[method].short} ({r['psnr']['mean']:.2f} dB on {len(r['psnr']['values'])} test images, "
         f"record {anchor(record_of(r))})"
-        for method, r in kept_records(task).items()
+        for method, r in sorted(shown.items(), key=lambda item: list(METHODS).index(item[0]))
     ]
-    return f"<p>Shown are the kept solvers: {', '.join(told)}.</p>" if told else ""
+    return f"<p>Shown are recorded solvers: {', '.join(told)}.</p>" if told else ""
 
 
 def hero():

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 
 from companion.experiment import Experiment
+from companion.gallery import publish_picture
 from companion.records import read
 from companion.runs import kept_place, publish
 from companion.settings import Run
@@ -70,6 +71,7 @@ def work(experiment: Experiment, run: Run):
         done = subprocess.run([sys.executable, "-m", "companion", "run", *words], stdout=log, stderr=log)
         if done.returncode == 0:
             publish(experiment, run)
+            publish_picture(experiment, run)
 
 
 def main():

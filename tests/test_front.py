@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from companion import front, gallery, records, tables
+from companion import front, gallery, paths, records, tables
 from data.portraits import portraits
 from flowlib import psnr
+from flowlib.checkpoints import load_tensors
 from tests.test_runs import solver_record
 
 KEPT = bool(gallery.kept_records("inpainting"))
@@ -74,10 +75,32 @@ def test_kept_solvers_restore_the_faces():
 
 
 @needs_kept
+def test_a_picture_stands_for_a_solver(tmp_path, monkeypatch):
+    (record,) = [r for r in gallery.kept_records("inpainting").values() if r["method"] == "resnet"]
+    other = record | {"method": "unet", "name": "inpainting-unet"}
+    monkeypatch.setattr(gallery, "RESULTS", tmp_path)
+    monkeypatch.setattr(gallery, "recorded", lambda: [other])
+    gallery.keep_picture(other, gallery.solver(record))
+    assert gallery.pictured("inpainting") == {"unet": other} and gallery.pictured("denoising") == {}
+    (x_hat,) = gallery._restored_faces({"unet": other}).values()
+    torch.testing.assert_close(x_hat, gallery.restored("inpainting")[1]["resnet"], atol=1e-3, rtol=0)
+    titles = [axis.get_title() for axis in gallery.examples("inpainting").axes]
+    assert "U-Net" in titles
+    assert gallery.paper_size("inpainting") is None  # of another profile
+
+
+def test_pictures_are_of_their_records():
+    """A run that is recorded anew needs a new picture."""
+    made = {gallery._picture(r): r["trained"] for r in records.recorded() if r["kind"] == "solver"}
+    for path in (paths.RESULTS / "pictures").rglob("*.safetensors"):
+        assert load_tensors(path)[1] == made[path]
+
+
+@needs_kept
 def test_pictures_name_their_records():
     for task in ("inpainting", "denoising", "deblurring"):
         places = re.findall(r'href="\.\./records/([^"]+)"', gallery.sources(task))
-        assert len(places) == len(gallery.kept_records(task))
+        assert len(places) == len(gallery.kept_records(task) | gallery.pictured(task))
         assert all((records.RESULTS / "runs" / place).exists() for place in places)
 
 
