@@ -140,7 +140,18 @@ def paper_size(task: str):
     """Figure like that of examples, of networks of the paper's size (profile gpu-longer); None where no such
     picture is kept."""
     shown = pictured(task, profile="gpu-longer")
-    return figures.examples(faces(), measured(task, faces(), 0)[0], _restored_faces(shown)) if shown else None
+    return _figure(task, shown) if shown else None
+
+
+def starts(task: str):
+    """Figure 5 of v1: the flow solver with and without pre-training; None where a picture is missing."""
+    shown = pictured(task, "v1", "cpu")
+    shown = {method: r for method, r in shown.items() if METHODS[method].network == "glow"}
+    return _figure(task, shown) if {"glow", "glow-scratch"} <= set(shown) else None
+
+
+def _figure(task, shown):
+    return figures.examples(faces(), measured(task, faces(), 0)[0], _restored_faces(shown))
 
 
 def examples(task: str, ood: bool = False, images: torch.Tensor | None = None):
