@@ -19,14 +19,14 @@ book: environment
 
 test: environment
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadgroup
 	rm -rf $(SMOKE)
 	mkdir -p $(SMOKE)
 	for notebook in notebooks/*.ipynb; do \
 	    $(PYTHON) -m papermill --prepare-only --log-level WARNING -p profile smoke -p build build/smoke-book \
 	        $$notebook $(SMOKE)/$$(basename $$notebook) || exit 1; \
 	done
-	$(PYTHON) -m pytest --nbval-lax --nbval-current-env $(SMOKE)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env $(SMOKE)
 
 # Kills, by the dozen.
 test-long: environment

@@ -15,6 +15,13 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 FLAGS += ["--disable-component-update", "--disable-sync"]
 
 
+def pytest_collection_modifyitems(items):
+    """Side by side run files, but all tests of the whole book in one process: it is made once."""
+    for item in items:
+        group = "book" if "smoke_book" in item.fixturenames else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def smoke_book():
     """The folder of the whole book, built from nothing at the smoke profile as `make book` does it."""
