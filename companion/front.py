@@ -58,6 +58,7 @@ def bottom_line(records: list[dict]) -> list[str]:
     second = f"**It does not in {listed(fails)}.**" if fails else "**No task shows the opposite.**"
     if rest:
         second += f" Undecided: {listed(rest)}."
+    first += other_sizes(records, run)
     counts = {}
     claims = [row for e in ("v2", "v1") for row in every_claim(e, comparison(records, e), others=records)]
     for row in claims:
@@ -76,7 +77,6 @@ def bottom_line(records: list[dict]) -> list[str]:
     trained = (
         f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] > 1)}"
     )
-    second += other_sizes(records, run)
     twice = sum("all but repeats" in row["Task"] for row in claims)
     repeated = f" ({twice} of them all but repeat others, see there)" if twice else ""
     third = (
@@ -127,7 +127,10 @@ def _rivals_alone(records, profile):
         f"(after {found[rival]['training']['images_seen']:,} images)"
         for rival in RIVALS
     ]
-    return [f" Trained for longer (profile `{profile}`), {listed(told)}; the flow was not run so."]
+    return [
+        f" Trained for longer (profile `{profile}`), {listed(told)}; the flow was not trained for so long, "
+        "so which of them is best there is open."
+    ]
 
 
 def paper_claims() -> list[str]:
@@ -167,7 +170,7 @@ def _shown(records):
     of_v2 = [r for r in merged(records) if r["experiment"]["edition"] == "v2" and r["kind"] == "solver"]
     shown = {r["experiment"]["profile"] for r in comparison(records, "v2") if r["kind"] == "solver"}
     shown |= {"gpu", "gpu-longer"} & {r["experiment"]["profile"] for r in of_v2}
-    return of_v2, [profile for profile in ("gpu-longer", "gpu", "cpu", "short") if profile in shown]
+    return of_v2, [profile for profile in ("gpu", "gpu-longer", "cpu", "short") if profile in shown]
 
 
 def told_profiles(records: list[dict]) -> list[str]:

@@ -279,7 +279,7 @@ PROFILE_WORDS = {
     "short": "a small flow, some minutes a training on one core",
     "cpu": "a middling flow, up to an hour a training on one core",
     "gpu": "the paper's networks, minutes a training on a large GPU",
-    "gpu-longer": "as `gpu`, every solver trained for twice as long",
+    "gpu-longer": "the same trained for twice as long",
     "paper": "the paper's networks and trainings",
 }
 EDITION_WORDS = {"v1": "first edition (v1)", "v2": "final edition (v2)"}

@@ -549,7 +549,8 @@ def overview(edition: str, records: list[dict], others: Sequence[dict] = ()) -> 
                     notes += ["last fold told"] * (
                         about.evaluation == "ood_measurements" and task == "inpainting"
                     )
-                    same = any(r["experiment"]["profile"] == profile for r in records if r["task"] == task)
+                    of_task = (r for r in records if r["task"] == task and r["kind"] != "classical")
+                    same = any(r["experiment"]["profile"] == profile for r in of_task)
                     notes += [] if same else [profile]
                     cells[TASKS[task].label] = ", ".join(filter(None, (f"{mark} {numbers}", *notes)))
             if set(cells.values()) != {"–"}:
