@@ -87,10 +87,10 @@ def describe_fold(prox: nn.Module, shrinkage: Tensor | None, x_tilde: Tensor, x:
     glow = getattr(prox, "glow", None)
     if not isinstance(glow, Glow) or shrinkage is None:
         return Fold(x_tilde.detach(), x.detach())
-    latents, log_det = glow(x_tilde)
-    norm = sum(z.to(sum_dtype(z)).square().sum(dim=(1, 2, 3)) for z in latents).sqrt()
-    log_prob_tilde = standard_normal_log_prob(latents) + log_det
-    return Fold(x_tilde.detach(), x.detach(), norm, norm / (1 + shrinkage), log_prob_tilde, glow.log_prob(x))
+    latents, log_det = glow(torch.cat([x_tilde, x]))  # one pass for both, as weights are folded for each
+    norm = sum(z.to(sum_dtype(z)).square().sum(dim=(1, 2, 3)) for z in latents).sqrt()[: len(x)]
+    log_probs = (standard_normal_log_prob(latents) + log_det).chunk(2)
+    return Fold(x_tilde.detach(), x.detach(), norm, norm / (1 + shrinkage), *log_probs)
 
 
 def find_nonfinite_fold(folds: Sequence[Fold]) -> str | None:
