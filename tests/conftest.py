@@ -15,12 +15,10 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 FLAGS += ["--disable-component-update", "--disable-sync"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
-def pytest_collection_modifyitems(items):
-    """Side by side run files, but all tests of the whole book in one process: it is made once."""
-    for item in items:
-        group = "book" if "smoke_book" in item.fixturenames else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+def pytest_itemcollected(item):
+    """Two processes share the files of tests, but all tests of the whole book go to one: it is made once."""
+    group = "book" if "smoke_book" in item.fixturenames else str(item.path)
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
