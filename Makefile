@@ -19,7 +19,7 @@ book: environment
 
 test: environment
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pytest -n 2 --dist loadgroup
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 	rm -rf $(SMOKE)
 	mkdir -p $(SMOKE)
 	for notebook in notebooks/*.ipynb; do \

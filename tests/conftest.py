@@ -15,10 +15,19 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 FLAGS += ["--disable-component-update", "--disable-sync"]
 
 
-def pytest_itemcollected(item):
-    """Two processes share the files of tests, but all tests of the whole book go to one: it is made once."""
-    group = "book" if "smoke_book" in item.fixturenames else str(item.path)
-    item.add_marker(pytest.mark.xdist_group(group))
+OF_THE_BOOK = {f"tests/test_{name}.py" for name in ("book", "browser", "explorer_page", "web")}
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Two processes share the files of tests, but those of the whole book go to one: it is made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return "book" if file in OF_THE_BOOK else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
