@@ -23,6 +23,7 @@ def given(name, default):
 PROFILE, DATASET = given("profile", "demo"), given("dataset", "synthetic")
 EDITION, SEED, BUILD = given("edition", "v2"), given("seed", 0), given("build", "build")
 RETRAIN = given("retrain", 0)
+LARGE = ("gpu", "gpu-longer", "paper")  # profiles whose networks want a GPU
 os.environ["RETRAIN"] = RETRAIN
 
 EXPERIMENT = Experiment(PROFILE, DATASET, EDITION, SEED, BUILD)
@@ -128,8 +129,8 @@ for page in PAGES:
             words=parameters(page),
         threads: cores(page)
         resources:
-            gpu=1 if PAGES[page].runs and PROFILE in ("gpu", "paper") else 0,
-            mem_mb=24000 if PROFILE in ("gpu", "paper") else 4000,
+            gpu=1 if PAGES[page].runs and PROFILE in LARGE else 0,
+            mem_mb=24000 if PROFILE in LARGE else 4000,
             runtime=60 * 24 if PROFILE == "paper" else 60 * 6,
         shell:
             f"{PYTHON} -m papermill {{input.notebook:q}} {{log:q}} --no-progress-bar --log-level WARNING {{params.words}}"
