@@ -17,7 +17,7 @@ from data.portraits import portraits
 from data.synthetic import draw_faces
 from flowlib import GlowProx, UnfoldedPGD, psnr
 from flowlib.checkpoints import load_tensors, save_tensors
-from flowlib.images import to_tensor
+from flowlib.images import to_tensor, to_uint8
 
 FLOWS = ("glow", "glow-noisy")
 
@@ -64,6 +64,27 @@ def kept_flow(noisy: bool = False):
     record = max(flows, key=lambda r: r["training"]["images_seen"])
     experiment = Experiment(**record["experiment"])
     return kept_model(experiment, experiment.flow(noisy)).eval(), record
+
+
+@torch.no_grad()
+def keep_samples(record: dict, glow, temperature: float = 0.7):
+    """Keeps what a recorded flow draws, where it is too large to be kept: g(0) and 16 samples, as 8-bit
+    images."""
+    samples = glow.sample(16, 64, temperature, torch.Generator().manual_seed(0))
+    images = {"mode": glow.mode(64), "samples": samples}
+    _picture(record).parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: torch.from_numpy(to_uint8(value)) for name, value in images.items()}
+    save_tensors(_picture(record), tensors, record["trained"])
+
+
+def largest_flow():
+    """({"mode", "samples"}: uint8 images (N, H, W, 3), record) of the largest recorded flow of which a
+    picture is kept; None without one."""
+    found = [r for r in recorded() if r["kind"] == "flow" and _picture(r).exists()]
+    if not found:
+        return None
+    record = max(found, key=lambda r: r["num_parameters"])
+    return {name: value.numpy() for name, value in load_tensors(_picture(record))[0].items()}, record
 
 
 def plugged_in(record: dict) -> UnfoldedPGD:
