@@ -390,7 +390,8 @@ def beside_paper(task, methods, paper, kept, here, evaluation=None):
         record = outcomes(records, evaluation).get((task, method))
         if record is None or record["kind"] == "failed":
             return "diverged" if record else "not run"
-        return plus_minus(part(record, evaluation)["psnr"])
+        num_seeds, text = len(of_seeds(record)), plus_minus(part(record, evaluation)["psnr"])
+        return f"{text}, mean of {num_seeds} seeds" if num_seeds > 1 else text
 
     def training(method):
         record = next((r for r in here if (r["task"], r["method"]) == (task, method)), None)

@@ -507,6 +507,7 @@ def every_number(records: list[dict]) -> list[dict]:
                     "Paper, dB": f"{value:.2f}",
                     "Ours, dB": plus_minus(found) if found else "diverged" if record else "not run",
                     "Ours − paper": signed(away) if finite else "–",
+                    "Seeds": seeds(record, about.evaluation) if found else "–",
                     "Remark": remark(record, of_edition) if found else "–",
                     "Profile": record["experiment"]["profile"] if record else "–",
                     "Record": record_of(record) if record else "–",
