@@ -340,7 +340,7 @@ def html_table(rows, caption, sortable=False):
 
     def cell(tag, value):
         text = anchor(value) if isinstance(value, Link) else html.escape(str(value))
-        wrap = "nowrap" if len(str(value)) < 18 else "normal; min-width: 6rem"
+        wrap = "nowrap" if len(str(value)) < 15 else "normal; min-width: 5.5rem"
         wrap = "normal" if tag == "th" else wrap
         return f'<{tag} style="text-align: left; white-space: {wrap}">{text}</{tag}>'
 
