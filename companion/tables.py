@@ -127,7 +127,7 @@ def best_classical(task: str, records: list[dict]) -> dict | None:
 
 def too_little_training(record: dict, records: list[dict]) -> str:
     """Why no claim is made against a solver: "below its measurement", "below a classical method", or, of one
-    of its seeds, "diverged" or "no better since its training fell apart"; "" where none holds.
+    of its seeds, "diverged" or "no better since it broke down"; "" where none holds.
 
     A flow that is only plugged in is meant to be as bad as it is, and a classical method that is above all
     of the paper's solvers too (deblurring without noise) says nothing of a training."""
@@ -138,7 +138,7 @@ def too_little_training(record: dict, records: list[dict]) -> str:
     for training in (r["training"] for r in of_seeds(record)):
         restarts = training.get("restarts")
         if restarts and training["best_step"] < restarts[-1]["step"]:
-            return "no better since its training fell apart"
+            return "no better since it broke down"
     if record["psnr"]["mean"] is None or record["psnr"]["mean"] < record["psnr_measurement"]["mean"]:
         return "below its measurement"
     classical = best_classical(record["task"], records)
@@ -156,7 +156,7 @@ def remark(record: dict, records: list[dict]) -> str:
         fell = [f"{restart['step']:,}" for restart in r["training"].get("restarts") or ()]
         steps = f"step{'s' * (len(fell) > 1)} {listed(fell)}"
         which = f" of seed {r['experiment']['seed']}" * ("seeds" in record)
-        told.append(f"training{which} fell apart at {steps}, went on at half the rate" if fell else "")
+        told.append(f"training{which} broke down at {steps}, went on at half the rate" if fell else "")
     return "; ".join(filter(None, told)) or "–"
 
 

@@ -7,7 +7,7 @@ import copy
 import math
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class Training:
     """Settings of one training. lr: of the networks; scalar_lr: of μ and λ; the rate rises over warmup_steps
     and, with cosine, falls to zero at num_steps; shrinkage: where λ starts; mirror: half of the images, at
     random, are mirrored left to right; patience: validations without improvement before it stops;
-    max_restarts: how often a run that fell apart goes on from its best weights at half the rate."""
+    max_restarts: how often a run that broke down goes on from its best weights at half the rate."""
 
     num_steps: int
     batch_size: int
@@ -46,7 +46,7 @@ class Training:
 
 
 class Diverged(FloatingPointError):
-    """A training that fell apart more often than it may: message and summary tell how."""
+    """A training that broke down more often than it may: message and summary tell how."""
 
     def __init__(self, message: str, summary: dict) -> None:
         super().__init__(message)
@@ -78,6 +78,22 @@ def learning_rate_factor(step: int, settings: Training, restarts: Sequence[dict]
     warmup = min(1.0, (step - start + 1) / max(1, settings.warmup_steps))
     decay = 0.5 * (1 + math.cos(math.pi * step / settings.num_steps)) if settings.cosine else 1.0
     return warmup * decay * 0.5 ** len(restarts)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, loss: Callable[..., Tensor], batches: Iterable[tuple[Tensor, ...]]) -> None:
+    """Makes the averages that BatchNorm evaluates with anew, from these batches at the present weights. Those
+    kept during training lag behind weights that still move, and in a chain of folds the lag multiplies."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+    model.train()
+    for batch in batches if norms else ():
+        loss(*batch)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
 
 
 def fit(
@@ -117,6 +133,9 @@ def fit(
             indices = batch_indices(state["step"], settings.batch_size, num_images, seed)
             value = run.step(make_batch(indices, state["step"]), explain)
             if state["step"] % settings.validate_every == 0 or state["step"] == settings.num_steps:
+                steps = range(state["step"], state["step"] + 16)
+                chosen = ((batch_indices(i, settings.batch_size, num_images, seed), i) for i in steps)
+                recalibrate(model, loss, (make_batch(*choice) for choice in chosen))
                 value = run.validate(validation_loss, value)
                 bar.set_postfix(val_loss=f"{value:.5f}")
             bar.update()
@@ -209,7 +228,7 @@ class _Run:
         return graph, inputs, outputs
 
     def validate(self, validation_loss, loss):
-        """Keeps the best weights, or starts again from them if the model fell apart; the validation loss."""
+        """Keeps the best weights, or starts again from them if the model broke down; the validation loss."""
         state, settings = self.state, self.settings
         self.model.eval()
         with torch.no_grad():

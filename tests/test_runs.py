@@ -304,9 +304,9 @@ def test_seeds_are_merged():
     assert records.merged([merged]) == [merged] and records.of_seeds(merged) == [found[i] for i in (1, 2, 0)]
     found[0]["training"] |= dict(restarts=[{"step": 900, "reason": ""}], best_step=600, steps=1000)
     (merged,) = records.merged(found)
-    told = "no better since its training fell apart"
+    told = "no better since it broke down"
     assert tables.too_little_training(merged, []) == told
-    assert tables.remark(merged, []).endswith("of seed 2 fell apart at step 900, went on at half the rate")
+    assert tables.remark(merged, []).endswith("of seed 2 broke down at step 900, went on at half the rate")
     found.append(solver_record("unet", 0, seed=3) | {"kind": "failed"})
     assert tables.too_little_training(records.merged(found)[0], []) == "diverged"
 
@@ -339,10 +339,10 @@ def test_what_a_profile_lacks_is_looked_for_in_others():
 def test_a_training_that_fell_apart_is_told_of():
     fell, found = solver_record("unet", 28), solver_record("glow", 30)
     fell["training"] |= dict(restarts=[{"step": 1500, "reason": ""}], best_step=2000, steps=6000)
-    assert tables.remark(fell, []) == "training fell apart at step 1,500, went on at half the rate"
+    assert tables.remark(fell, []) == "training broke down at step 1,500, went on at half the rate"
     assert tables.verdict(tables.compare([found, fell], "I", "v2", "denoising")) == "replicated"
     fell["training"]["restarts"].append({"step": 6000, "reason": ""})  # and there was no step left
-    assert tables.remark(fell, []).startswith("no better since its training fell apart")
+    assert tables.remark(fell, []).startswith("no better since it broke down")
     assert tables.verdict(tables.compare([found, fell], "I", "v2", "denoising")).startswith("no claim: U-Net")
     assert tables.remark(found, []) == "–"
 

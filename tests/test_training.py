@@ -16,10 +16,18 @@ import data
 from companion import runs, tables, training
 from companion.experiment import Experiment
 from companion.training import build_solver, model_path
-from flowlib import Glow, load_checkpoint
+from flowlib import Glow, UNetProx, load_checkpoint
 from flowlib.checkpoints import load_tensors, save_tensors
 from flowlib.operators import Denoising
-from flowlib.training import Diverged, Training, batch_indices, fit, generator_for, learning_rate_factor
+from flowlib.training import (
+    Diverged,
+    Training,
+    batch_indices,
+    fit,
+    generator_for,
+    learning_rate_factor,
+    recalibrate,
+)
 from tests.conftest import ROOT
 
 
@@ -35,6 +43,29 @@ def smoke(tmp_path_factory):
 def changed(run, **settings):
     """The run with other settings of its training."""
     return replace(run, training=replace(run.training, **settings))
+
+
+def test_batch_norm_is_recalibrated_to_the_present_weights():
+    """Averages of other weights are forgotten; those of these batches take their place."""
+    torch.manual_seed(0)
+    net = UNetProx(width=2)
+    norm = net.down[0][1]
+    norm.running_mean.fill_(50.0)  # of weights long gone
+    x = torch.rand(24, 3, 16, 16, generator=generator_for(0, "x")) - 0.5
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    recalibrate(net, lambda x: net(x).square().mean(), [(batch,) for batch in x.split(8)])
+    with torch.no_grad():
+        features = torch.stack([net.down[0][0](batch).mean(dim=(0, 2, 3)) for batch in x.split(8)])
+    torch.testing.assert_close(norm.running_mean, features.mean(0))
+    assert norm.momentum == 0.1
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in net.named_parameters())
+    with torch.no_grad():
+        evaluated, as_trained = net.eval()(x), net.train()(x)
+    assert (as_trained - evaluated).std() < 0.1 * as_trained.std()  # but for the batches' own spread
+
+
+def test_a_flow_is_recalibrated_without_a_batch():
+    recalibrate(Glow(num_levels=1, num_steps=1, hidden_channels=4), None, iter(lambda: 1 / 0, None))
 
 
 RUN = """
