@@ -127,7 +127,7 @@ def best_classical(task: str, records: list[dict]) -> dict | None:
 
 def too_little_training(record: dict, records: list[dict]) -> str:
     """Why no claim is made against a solver: "below its measurement", "below a classical method", or, of one
-    of its seeds, "diverged" or "no better since it broke down"; "" where none holds.
+    of its seeds, "diverged", "no better since it broke down" or "set back without need"; "" where none holds.
 
     A flow that is only plugged in is meant to be as bad as it is, and a classical method that is above all
     of the paper's solvers too (deblurring without noise) says nothing of a training."""
@@ -139,6 +139,8 @@ def too_little_training(record: dict, records: list[dict]) -> str:
         restarts = training.get("restarts")
         if restarts and training["best_step"] < restarts[-1]["step"]:
             return "no better since it broke down"
+        if any(_without_need(training, restart) for restart in restarts or ()):
+            return "set back without need"
     if record["psnr"]["mean"] is None or record["psnr"]["mean"] < record["psnr_measurement"]["mean"]:
         return "below its measurement"
     classical = best_classical(record["task"], records)
@@ -149,14 +151,26 @@ def too_little_training(record: dict, records: list[dict]) -> str:
     return ""
 
 
+def _without_need(training, restart):
+    """Whether a run went back to earlier weights although its training loss was as before: what exploded in
+    validation were BatchNorm's averages (book/choices.md)."""
+    losses = {row["step"]: row["loss"] for row in training.get("history", ())}
+    before = [loss for step, loss in losses.items() if step < restart["step"] and loss]
+    now = losses.get(restart["step"])
+    return bool(before and now and now < 1.5 * before[-1])
+
+
 def remark(record: dict, records: list[dict]) -> str:
     """What is to be known of a solver's training beside its result; "–" for nothing."""
     told = [too_little_training(record, records)]
     for r in of_seeds(record):
-        fell = [f"{restart['step']:,}" for restart in r["training"].get("restarts") or ()]
-        steps = f"step{'s' * (len(fell) > 1)} {listed(fell)}"
         which = f" of seed {r['experiment']['seed']}" * ("seeds" in record)
-        told.append(f"training{which} broke down at {steps}, went on at half the rate" if fell else "")
+        restarts = r["training"].get("restarts") or ()
+        needless = [_without_need(r["training"], restart) for restart in restarts]
+        for what, unneeded in (("broke down", False), ("was set back", True)):
+            found = [f"{x['step']:,}" for x, unasked in zip(restarts, needless) if unasked == unneeded]
+            steps = f"step{'s' * (len(found) > 1)} {listed(found)}"
+            told.append(f"training{which} {what} at {steps}, went on at half the rate" if found else "")
     return "; ".join(filter(None, told)) or "–"
 
 

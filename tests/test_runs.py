@@ -344,6 +344,14 @@ def test_a_training_that_fell_apart_is_told_of():
     fell["training"]["restarts"].append({"step": 6000, "reason": ""})  # and there was no step left
     assert tables.remark(fell, []).startswith("no better since it broke down")
     assert tables.verdict(tables.compare([found, fell], "I", "v2", "denoising")).startswith("no claim: U-Net")
+    # A U-Net whose BatchNorm misled validation: its training loss was as before.
+    rows = [dict(step=300, loss=0.009), dict(step=600, loss=0.003), dict(step=900, loss=0.1)]
+    fell["training"] |= dict(restarts=[{"step": 600, "reason": ""}], best_step=6000, history=rows)
+    assert tables.remark(fell, []).endswith("was set back at step 600, went on at half the rate")
+    verdict = tables.verdict(tables.compare([found, fell], "I", "v2", "denoising"))
+    assert verdict == "no claim: U-Net set back without need"
+    fell["training"]["restarts"] = [{"step": 900, "reason": ""}]
+    assert tables.remark(fell, []).startswith("training broke down at step 900")
     assert tables.remark(found, []) == "–"
 
 
