@@ -59,38 +59,28 @@ class _Graph:
         return self("Conv", x, weight, bias, kernel_shape=[size, size], pads=[size // 2] * 4)
 
 
-def quantized(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scale) of convolutions (..., O, I, H, W): integers of 8 or 16 bits, one scale for each output
-    channel; codes * scale is what an exported solver computes with."""
-    scale = weight.abs().amax(dim=(-3, -2, -1), keepdim=True).clamp_min(1e-30) / (2 ** (bits - 1) - 1)
-    return (weight / scale).round().to(torch.int8 if bits == 8 else torch.int16), scale
-
-
-def _weights(graph, levels, bits):
+def _weights(graph, levels):
     """Names of the weights of one level of all folds, (K, number of steps, ...) each: of the affine maps,
     their inverses, and the convolutions."""
     steps = [step for level in levels for step in fold(list(level))]
     maps = zip(*((step.linear, step.inverse_linear, *step.convs) for step in steps))
     pairs = [[torch.stack(v).unflatten(0, (len(levels), -1)) for v in zip(*found)] for found in maps]
-    # The affine maps are small, and every error in them is passed on through all steps: kept whole.
     affine = [[weight[..., None, None], bias.flatten(2)] for weight, bias in pairs[:2]]
     # Raw scales and shifts alternate: sort them.
     pairs[-1] = [torch.cat([v[:, :, 0::2], v[:, :, 1::2]], dim=2) for v in pairs[-1]]
-    convs = []
-    for weight, bias in pairs[2:]:
-        convs += [*quantized(weight, bits), bias]
+    convs = list(itertools.chain(*pairs[2:]))
     return [[graph.constant(values) for values in part] for part in (*affine, convs)]
 
 
 def _step(graph, x, weight, bias, *convs, bound, inverse=False):
-    """[a flow step of x], or of its inverse. weight, bias: its affine map, or the inverse of that; convs: the
-    codes, scale and bias of each convolution; bound: of log s, or for the inverse of -log s."""
+    """[a flow step of x], or of its inverse. weight, bias: its affine map, or the inverse of that; convs:
+    weight and bias of each convolution; bound: of log s, or for the inverse of -log s."""
     x_a, x_b = graph.split(x if inverse else graph.conv(x, weight, bias))
     h, zero = x_b, graph.constant(np.float32(0))
-    for size, codes, scale, shift in zip((3, 1, 3), convs[0::3], convs[1::3], convs[2::3]):
+    for size, conv, shift in zip((3, 1, 3), convs[0::2], convs[1::2]):
         # In WebAssembly, Relu branches at every number: a fifth of the whole time.
         h = h if h == x_b else graph("Max", h, zero)
-        h = graph.conv(h, graph("Mul", graph("Cast", codes, to=TensorProto.FLOAT), scale), shift, size)
+        h = graph.conv(h, conv, shift, size)
     raw, t = graph.split(h)
     s = graph("Exp", graph("Mul", graph("Tanh", raw), bound))
     y_a = graph("Mul", graph("Sub", x_a, t), s) if inverse else graph("Add", graph("Mul", x_a, s), t)
@@ -136,14 +126,13 @@ def _apply(graph, task, x, adjoint=False):
 
 
 @torch.no_grad()
-def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path, bits: int = 16) -> None:
+def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
     """Writes the solver of a task, "denoising", "inpainting" or "deblurring", as an ONNX file for one image.
     Inputs: y (1, C, H, W); mask (1, 1, H, W) for inpainting, blur (H, H) for deblurring of square images
     (`Blur.matrix`); step_size and shrinkage (K,), so that they can be moved. Outputs: folds (K, C, H, W), the
-    images x_k, and latent_norms (K,), ``‖f_k(x̃_k)‖``. Weights of convolutions are kept in 16 bits, which
-    changes pixels by about 1e-4, or in 8. Raises ValueError for a solver without flows, with flows of unequal
-    sizes, with another scale rule than "tanh", or of images that are not square for deblurring; and for
-    another number of bits."""
+    images x_k, and latent_norms (K,), ``‖f_k(x̃_k)‖``. Raises ValueError for another task, and for a
+    solver without flows, with flows of unequal sizes or another scale rule than "tanh", with
+    `literal_last_fold`, or of images that are not square for deblurring."""
     if not all(isinstance(prox, GlowProx) for prox in solver.proxes):
         raise ValueError("only solvers with a flow can be exported: others have no shrinkage to move")
     flows = [prox.glow for prox in copy.deepcopy(solver.proxes).cpu().float()]
@@ -152,12 +141,16 @@ def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path, bits: int = 16
         raise ValueError("only solvers whose flows are all of one size can be exported")
     if config["scale"] != "tanh" or np.any(config["contiguous_squeeze"]):
         raise ValueError(f"only the rule 'tanh' and the usual squeeze can be exported, not {config}")
+    data = dict(denoising={}, inpainting={"mask": [1, 1, *solver.x0.shape[2:]]})
+    data |= dict(deblurring={"blur": solver.x0.shape[2:]})
+    if task not in data:
+        raise ValueError(f"a task is denoising, inpainting or deblurring, not {task!r}")
+    if solver.literal_last_fold:
+        raise ValueError("only solvers whose last fold is whole can be exported: set literal_last_fold=False")
     if task == "deblurring" and solver.x0.shape[2] != solver.x0.shape[3]:
         raise ValueError(f"deblurring can be exported for square images, not {tuple(solver.x0.shape[2:])}")
-    if bits not in (8, 16):
-        raise ValueError(f"weights can be kept in 8 or 16 bits, not in {bits}")
     graph, num_folds, (_, *shape) = _Graph(), solver.num_folds, solver.x0.shape
-    levels = [_weights(graph, level, bits) for level in zip(*(flow.levels for flow in flows))]
+    levels = [_weights(graph, level) for level in zip(*(flow.levels for flow in flows))]
 
     def one_fold(body, x, step_size, shrinkage, *weights):
         residual = body("Sub", "y", _apply(body, task, x))
@@ -170,7 +163,6 @@ def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path, bits: int = 16
     weights = [name for level in levels for part in level for name in part]
     x0 = graph.constant(solver.x0.cpu().float())
     _, *results = graph.scan(one_fold, x0, ["step_size", "shrinkage", *weights])
-    data = dict(denoising={}, inpainting={"mask": [1, 1, *shape[1:]]}, deblurring={"blur": shape[1:]})
     inputs = {"y": [1, *shape], **data[task], "step_size": [num_folds], "shrinkage": [num_folds]}
     outputs = {"folds": [num_folds, *shape], "latent_norms": [num_folds]}
     for result, name in zip(results, outputs):

@@ -57,6 +57,31 @@ function psnr(a, b) {
   return -10 * Math.log10(sum / b.length);
 }
 
+// ---- The solver's file, as weights.py packs it ----
+
+async function unpacked(address) {
+  const answer = await fetch(address);
+  if (!answer.ok) throw new Error(`its file could not be fetched (${answer.status})`);
+  const stream = answer.body.pipeThrough(new DecompressionStream("gzip"));
+  const buffer = await new Response(stream).arrayBuffer().catch(() => { throw new Error("its file is cut off or broken"); });
+  const bytes = new Uint8Array(buffer), start = 4 + new DataView(buffer).getUint32(0, true);
+  const { length, rest, tensors } = JSON.parse(new TextDecoder().decode(bytes.subarray(4, start)));
+  const whole = new Uint8Array(length), codes = bytes.subarray(start + rest), half = codes.length / 2;
+  let taken = start, used = 0, end = 0;
+  for (const { start: at, count, folds, step } of tensors) {
+    whole.set(bytes.subarray(taken, taken + at - end), end);
+    const values = new Float32Array(count), steps = new Int32Array(count / folds); // a fold is counted from the one before
+    for (let i = 0, j = 0; i < count; i++, j = j + 1 === steps.length ? 0 : j + 1) {
+      const zigzag = codes[used + i] | codes[half + used + i] << 8;
+      values[i] = (steps[j] += (zigzag >>> 1) ^ -(zigzag & 1)) * step;
+    }
+    whole.set(new Uint8Array(values.buffer), at);
+    [taken, used, end] = [taken + at - end, used + count, at + 4 * count];
+  }
+  whole.set(bytes.subarray(taken, start + rest), end);
+  return whole;
+}
+
 // ---- Small helpers ----
 
 function element(tag, properties = {}, ...children) {
@@ -525,6 +550,7 @@ class Explorer {
   barrier() {
     if (!this.config.ort) return this.config.reason;
     if (typeof WebAssembly === "undefined") return "this browser has no WebAssembly";
+    if (typeof DecompressionStream === "undefined") return "this browser is too old";
     return location.protocol === "file:" ? "a page opened as a file may not load it; serve the folder over http" : null;
   }
 
@@ -533,11 +559,13 @@ class Explorer {
     const address = (path) => new URL(path, document.baseURI).href, { ort } = this.config;
     return this.sessions[task.task] ??= (async () => {
       if (this.barrier()) throw new Error(this.barrier());
+      const file = unpacked(address(task.solver));
+      file.catch(() => {}); // is told below
       this.ort = await import(address(ort));
       Object.assign(this.ort.env.wasm, { numThreads: 1, proxy: true, wasmPaths: address(ort).replace(/[^/]*$/, "") });
       // Its loops are small and as they should be: optimising them takes longer than it saves.
       const options = { executionProviders: ["wasm"], graphOptimizationLevel: "disabled" };
-      return this.ort.InferenceSession.create(address(task.onnx), options);
+      return this.ort.InferenceSession.create(await file, options);
     })();
   }
 

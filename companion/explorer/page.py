@@ -5,9 +5,9 @@ What is shown and computed in the browser is in explorer.js, which a notebook ca
 (`GridExplorer`)."""
 
 import base64
-import copy
 import itertools
 import json
+import tempfile
 from pathlib import Path
 
 import anywidget
@@ -19,13 +19,15 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from companion import gallery
+from companion.explorer.weights import pack, rounded
 from companion.figures import pixels
 from companion.files import write_json
+from companion.records import measured
 from companion.runs import is_finished, load, records_of_build
 from companion.settings import METHODS, TASKS
 from companion.training import model_path
 from data.portraits import BOXES
-from flowlib.export import export_onnx, quantized
+from flowlib.export import export_onnx
 from flowlib.files import write_atomically
 from flowlib.images import to_tensor
 from flowlib.metrics import psnr
@@ -75,38 +77,35 @@ def grid(solver, operator, x, seed=0):
     )
 
 
-@torch.no_grad()
-def rounded(solver):
-    """A copy of a solver whose convolution weights are those that export_onnx keeps in 8 bits, as a browser
-    fetches half of 16."""
-    solver = copy.deepcopy(solver)
-    for weight in (p for p in solver.proxes.parameters() if p.ndim == 4):
-        codes, scale = quantized(weight, 8)
-        weight.copy_(codes * scale)
-    return solver
-
-
 def shown(experiment):
-    """(images, labels, names of the experiment, {task: (method, solver, record)}): the two real faces with
-    the flow solvers that are kept with the code, or, where none is, this build's own with its first test
-    images; weights rounded as the page has them."""
-    solvers, names = {}, experiment.names
+    """(images, labels, names of the experiment, {task: (method, solver, record, steps)}): the two real faces
+    with the flow solvers that are kept with the code, or, where none is, this build's own with its first test
+    images; weights rounded to steps, as the page has them."""
+    found, names = {}, experiment.names
     for task in SHOWN:
         of_task = gallery.kept_records(task)
         method = next((m for m in SHOWN[task] if m in of_task), None)
         if method:
             record = of_task[method]
-            solvers[task], names = (method, rounded(gallery.solver(record)), record), record["experiment"]
-    if solvers:
-        return gallery.faces(), list(BOXES), names, solvers
+            found[task], names = (method, gallery.solver(record), record), record["experiment"]
+    if found:
+        return gallery.faces(), list(BOXES), names, _rounded(found, gallery.faces())
     records = {record["name"]: record for record in records_of_build(experiment)}
     for task, methods in SHOWN.items():
         for run in (experiment.solver(task, method) for method in methods):
             if is_finished(experiment, run) and model_path(experiment, run).exists():  # trained, not diverged
-                own = (run.method, rounded(load(experiment, run)), records[run.name])
-                solvers.setdefault(task, own)
+                found.setdefault(task, (run.method, load(experiment, run), records[run.name]))
     images = to_tensor(experiment.split("test")[:NUM_IMAGES])
-    return images, [f"test image {i + 1}" for i in range(len(images))], names, solvers
+    return images, [f"test image {i + 1}" for i in range(len(images))], names, _rounded(found, images)
+
+
+def _rounded(found, images):
+    solvers = {}
+    for task, (method, solver, record) in found.items():
+        y, operator = measured(task, images, 0)
+        solver, steps = rounded(solver, operator, y, error=10 ** (-record["psnr"]["mean"] / 10))
+        solvers[task] = method, solver, record, steps
+    return solvers
 
 
 def about(record):
@@ -117,7 +116,7 @@ def about(record):
         f"{METHODS[record['method']].label}, {record['num_folds']} folds; trained on"
         f" {name} ({data['split']['train']:,} images, {training['images_seen']:,} seen with repeats):"
         f" {record['psnr']['mean']:.2f} dB on {len(record['psnr']['values'])} test images,"
-        " before its weights were rounded to 8 bits for this page."
+        " before its weights were rounded for this page, which costs about 0.01 dB."
     )
 
 
@@ -137,7 +136,7 @@ def tips(images, labels, solvers):
     x, lines = images[:1], []
     for text, move in TIPS:
         changes, found = {k: v for k, v in move.items() if k not in ("scale", "shift")}, []
-        for task, (_, solver, _) in solvers.items():
+        for task, (_, solver, *_) in solvers.items():
             if not changes.keys() <= TASKS[task].parameters.keys():
                 continue
             scalars = solver.step_size * move.get("scale", 1), solver.shrinkage + move.get("shift", 0)
@@ -160,10 +159,10 @@ def tips(images, labels, solvers):
 
 def write_explorer(experiment):
     """Writes build/explorer/: for every task that has one a sprite of the grid (jpeg) and the flow solver
-    (onnx), and config.json with all numbers. Raises FileNotFoundError where no solver is trained."""
+    (packed ONNX), and config.json with all numbers. Raises FileNotFoundError where no solver is trained."""
     out, tasks = experiment.build / "explorer", []
     images, labels, names, solvers = shown(experiment)
-    for task, (method, solver, record) in solvers.items():
+    for task, (method, solver, record, steps) in solvers.items():
         operator = TASKS[task].make_operator(images.shape[-1])
         answers = torch.stack(
             [
@@ -177,16 +176,19 @@ def write_explorer(experiment):
         ]
         # Colours at full resolution: where the solver falls apart they are noise from pixel to pixel.
         _write_image(out / f"{task}.jpeg", np.concatenate(rows), quality=93, subsampling=0)
-        export_onnx(solver, task, out / f"{task}.onnx", bits=8)
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(solver, task, Path(folder, "solver.onnx"))
+            packed = pack(Path(folder, "solver.onnx"), steps)
+        write_atomically(out / f"{task}.bin", lambda path, packed=packed: path.write_bytes(packed))
         tasks.append(
             {
                 "task": task,
                 "label": TASKS[task].kind.capitalize() + " (noise-trained flow)" * (method == "glow-noisy"),
                 "method": method,
                 "about": about(record),
-                "megabytes": round((out / f"{task}.onnx").stat().st_size / 1e6, 1),
+                "megabytes": round(len(packed) / 1e6, 1),
                 "sprite": f"{task}.jpeg",
-                "onnx": f"{task}.onnx",
+                "solver": f"{task}.bin",
                 "mu": solver.step_size.tolist(),
                 "lambda": solver.shrinkage.tolist(),
                 "psnr": _finite(quality.reshape(answers.shape[:3])),
@@ -256,7 +258,7 @@ def page(folder, address, ort=None):
     below moves."""
     config = _config(Path(folder)) | {"ort": ort, "reason": "this book was built without npm"}
     for task in config["tasks"]:
-        task |= {key: f"{address}/{task[key]}" for key in ("sprite", "onnx")}
+        task |= {key: f"{address}/{task[key]}" for key in ("sprite", "solver")}
     text = json.dumps(config).replace("<", "\\u003c")
     place = f"flow-explorer-place-{next(_places)}"
     script = (HERE / "explorer.js").read_text(encoding="utf-8").replace("export default { render };", "")
