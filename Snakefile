@@ -34,7 +34,7 @@ OOD = OOD_IMAGES.get(DATASET)
 if OOD and not (Path(BUILD) / "data" / OOD).exists() and not OOD.startswith("synthetic") and not sources_of(OOD):
     OOD = None  # the user has CelebA only
 TABLES = ["table1.csv", "recorded_v2.csv", "recorded_v1.csv", "numbers.csv", "provenance.csv", "build.md"]
-TABLES += ["front.md", "claims.md", "learning_rates.csv"]
+TABLES += ["front.md", "learning_rates.csv"]
 CHOICE = shlex.join(
     ["--profile", PROFILE, "--dataset", DATASET, "--edition", EDITION, "--seed", SEED, "--build", BUILD]
 )

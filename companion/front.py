@@ -1,14 +1,28 @@
-"""The front page: the bottom line in three sentences, the budgets, and one picture, all from records."""
+"""The front page: the bottom line, each claim with its verdict, the budgets, and one picture, all from
+records."""
 
 import functools
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from companion import gallery
 from companion.files import write_text
 from companion.records import comparison, merged, of_seeds, recorded
 from companion.settings import METHODS, PROFILE_WORDS
-from companion.tables import compare, every_claim, listed, machine, minutes, paper_table, signed, verdict
+from companion.tables import (
+    MARKS,
+    compare,
+    every_claim,
+    listed,
+    machine,
+    minutes,
+    page_of,
+    pair_of,
+    paper_table,
+    signed,
+    verdict,
+)
 from data.portraits import BOXES
 from flowlib.files import write_atomically
 
@@ -18,47 +32,93 @@ SIZES = "† the numbers of parameters are those that its first edition gives; t
 STAR = "\\* our flow that was pre-trained on noisy images; that of clean images was not run at this size."
 
 
-def main_claim(records: list[dict], task: str) -> tuple[str, str]:
-    """Whether the flow restores best, for one task of edition v2: a verdict and the numbers behind it."""
-    pairs = {rival: compare(records, "I", "v2", task, "glow", rival) for rival in RIVALS}
-    if not all(pairs.values()):
-        ours = {rival: compare(records, "I", "v2", task, "glow-noisy", rival) for rival in RIVALS}
-        if not all(ours.values()):
-            return "not run", task
-        return "not run", f"{task} (only our flow of noisy images was run: {_nearest(ours)})"
-    printed = min(pair.paper for pair in pairs.values())
-    verdicts = {verdict(pair) for pair in pairs.values()}
-    unclear = next((v for v in verdicts if v.startswith("no claim")), "replicated")
-    order = ("the opposite", unclear, "not distinguishable", "replicated")  # one rival ahead is enough
-    decided = next(v for v in order if v in verdicts)
-    return decided, f"{task} ({_nearest(pairs)}; the paper's lead: {signed(printed)})"
+class Claim(NamedTuple):
+    """What the paper says of the flow, and where: the table whose numbers show it, and the methods that the
+    flow is above."""
+
+    words: str
+    table: str
+    edition: str
+    rivals: Sequence[str]
 
 
-def _nearest(pairs):
-    """By how much the flow is above the better of its rivals."""
-    rival = min(pairs, key=lambda rival: pairs[rival].difference)
-    pair = pairs[rival]
-    return f"{signed(pair.difference)} ± {pair.half_width:.2f} dB against the {METHODS[rival].short}"
+CLAIMS = (
+    Claim("restores best of three networks", "I", "v2", RIVALS),
+    Claim("also where the measurement differs from that in training", "III", "v2", RIVALS),
+    Claim("mostly also on anime faces", "IV", "v2", RIVALS),
+    Claim("is better than one that is only plugged in", "II", "v2", ("glow-frozen",)),
+    Claim("is better for its pre-training (v1)", "III", "v1", ("glow-scratch",)),
+)
+
+
+def decided(claim: Claim, task: str, records: list[dict], others: Sequence[dict] = ()):
+    """(verdict, comparison with the nearest rival, that rival, profile) of a claim for one task: "not run"
+    and None where a rival or the flow was not; others: see tables.claims."""
+    pairs = {r: pair_of(records, others, claim.table, claim.edition, task, "glow", r) for r in claim.rivals}
+    if not all(pair for pair, _ in pairs.values()):
+        return "not run", None, None, "–"
+    verdicts = {verdict(pair) for pair, _ in pairs.values()}
+    unclear = sorted(v for v in verdicts if v.startswith("no claim"))
+    order = ("the opposite", *unclear, "not distinguishable", "replicated")  # one rival ahead is enough
+    rival = min(pairs, key=lambda r: pairs[r][0].difference)
+    return next(v for v in order if v in verdicts), pairs[rival][0], rival, pairs[rival][1]
+
+
+def scoreboard(records: list[dict]) -> list[str]:
+    """Lines of a Markdown table: each claim of CLAIMS and each task, whether it came out as printed."""
+    heads = ["The paper: the solver with a flow …", *MAIN_TASKS]
+    rows = [heads, ["---"] * len(heads)]
+    for claim in CLAIMS:
+        run, cells = comparison(records, claim.edition), [claim.words]
+        usual = {r["experiment"]["profile"] for r in run if r["kind"] == "solver"}
+        for task in MAIN_TASKS:
+            found, pair, _, profile = decided(claim, task, run, records)
+            if pair is None:
+                cells.append("not run")
+                continue
+            page = page_of(claim.table, claim.edition, task).removesuffix(".html")
+            printed = min(_printed(claim, task, rival) for rival in claim.rivals)
+            ours = f"{{doc}}`{signed(pair.difference)} ± {pair.half_width:.2f} <{page}>`"
+            elsewhere = f" `{profile}`" * (profile not in usual)
+            cells.append(f"{MARKS.get(found, '?')} {ours} ({signed(printed)}){elsewhere}")
+        rows.append(cells)
+    return [f"| {' | '.join(cells)} |" for cells in rows]
+
+
+LEGEND = (
+    "By how many dB the flow is above the better of its rivals; in brackets what the paper prints; `short` "
+    "where only that profile has it. ✓ came out as printed, ✗ the other way round, ≈ cannot be told, ? not "
+    "trained well enough to say. Each number leads to its page, where the records are."
+)
+
+
+def _printed(claim, task, rival):
+    table = paper_table(claim.table, claim.edition)
+    return table[task, "glow"] - table[task, rival]
 
 
 def bottom_line(records: list[dict]) -> list[str]:
-    """Three sentences: where the main claim holds; where not; and how much can be said at all."""
-    run = comparison(records, "v2")
-    found = {}
+    """Sentences: where the main claim holds at the usual size; what other sizes say; how sure that is."""
+    run, found = comparison(records, "v2"), {}
     for task in MAIN_TASKS:
-        decided, text = main_claim(run, task)
-        found.setdefault("no claim" if decided.startswith("no claim") else decided, []).append(text)
-    holds, fails = found.get("replicated", []), found.get("the opposite", [])
-    rest = [
-        text for key, texts in found.items() if key not in ("replicated", "the opposite") for text in texts
-    ]
-    first = f"**With a flow as its prox the solver restores best in {listed(holds)}.**"
-    if not holds:
-        first = "**In no task does the flow restore best at our budget.**"
-    second = f"**It does not in {listed(fails)}.**" if fails else "**No task shows the opposite.**"
-    if rest:
-        second += f" Undecided: {listed(rest)}."
-    first += other_sizes(records, run)
+        outcome, pair, rival, _ = decided(CLAIMS[0], task, run)
+        ahead = f" (the {METHODS[rival].short} is ahead)" if outcome == "the opposite" else ""
+        key = "no claim" if outcome.startswith("no claim") else outcome
+        found.setdefault(key, []).append(task + ahead)
+    solvers = [r for r in run if r["kind"] == "solver"]
+    profiles = listed([f"`{name}`" for name in dict.fromkeys(r["experiment"]["profile"] for r in solvers)])
+    holds, fails = found.pop("replicated", []), found.pop("the opposite", [])
+    first = f"best in {listed(holds)}" if holds else "best in no task"
+    first += f", but not in {listed(fails)}" if fails else ""
+    first = f"**With the networks of profile {profiles} (below), the flow restores {first}.**"
+    rest = [task for tasks in found.values() for task in tasks]
+    first += f" Undecided: {listed(rest)}." if rest else ""
+    larger = other_sizes(records, run)
+    return [first, *([f"**At the paper's size that is open.**{larger}"] if larger else []), how_sure(records)]
+
+
+def how_sure(records: list[dict]) -> str:
+    """How all orders of two methods came out, and with how many seeds."""
     counts = {}
     claims = [row for e in ("v2", "v1") for row in every_claim(e, comparison(records, e), others=records)]
     for row in claims:
@@ -72,19 +132,19 @@ def bottom_line(records: list[dict]) -> list[str]:
         "not run": "were not run",
     }
     parts = [f"{counts[key]} {words}" for key, words in told.items() if key in counts]
-    solvers = [r for r in run if r["kind"] == "solver"]
-    seeds = sorted({len(of_seeds(r)) for r in solvers})
-    trained = (
-        f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] > 1)}"
-    )
+    profiles = listed([f"`{p}`" for p in dict.fromkeys(row["Profile"] for row in claims) if p != "–"])
+    solvers = [r for r in comparison(records, "v2") if r["kind"] == "solver"]
+    flows = max((len(of_seeds(r)) for r in solvers if r["method"] in gallery.FLOWS), default=0)
+    most = max(len(of_seeds(r)) for r in solvers)
+    seeds = f"the flow was trained with {flows} seed{'s' * (flows != 1)}"
+    seeds += f", its rivals with up to {most}" if most > flows else ", like its rivals"
     twice = sum("all but repeats" in row["Task"] for row in claims)
     repeated = f" ({twice} of them all but repeat others, see there)" if twice else ""
-    third = (
-        f"Of all {len(claims)} orders of two methods in the paper's tables, both editions{repeated}, "
-        f"{listed(parts)}; each method was trained with {trained}, and ± is the 95 % interval over test "
-        "images" + " and, where a task has several, over seeds" * (seeds[-1] > 1) + "."
+    return (
+        f"**How sure.** Of all {len(claims)} orders of two methods in the paper's tables, both "
+        f"editions{repeated}, {listed(parts)}, at the profiles {profiles}; {seeds}. ± is the 95 % interval "
+        "over test images" + " and, where a task has several, over seeds" * (most > 1) + "."
     )
-    return [first, second, third]
 
 
 def other_sizes(records: list[dict], shown: list[dict], tasks: Sequence[str] = MAIN_TASKS) -> str:
@@ -111,8 +171,8 @@ def other_sizes(records: list[dict], shown: list[dict], tasks: Sequence[str] = M
                     for rival, pair in pairs.items()
                 )
                 sentences.append(
-                    f" With networks of the paper's size (profile `{profile}`), in minutes on a GPU, the "
-                    f"flow is not ahead in {task}: after {seen['glow']:,} training images {told}."
+                    f" After minutes on a GPU (profile `{profile}`), the flow is not ahead in {task}: after "
+                    f"{seen['glow']:,} training images {told}; one seed each, so ± is over images alone."
                 )
     return "".join(sentences)
 
@@ -129,35 +189,7 @@ def _rivals_alone(records, profile):
     ]
     return [
         f" Trained for longer (profile `{profile}`), {listed(told)}; the flow was not trained for so long, "
-        "so which of them is best there is open."
-    ]
-
-
-def paper_claims() -> list[str]:
-    """Lines of Markdown: what the final edition claims, with the paper's own numbers."""
-    table = {name: paper_table(name, "v2") for name in ("I", "II", "III", "IV")}
-    tasks = ("denoising", "inpainting", "deblurring")
-
-    def leads(name):
-        return {
-            task: table[name][task, "glow"] - max(table[name][task, rival] for rival in RIVALS)
-            for task in tasks
-        }
-
-    first = listed([f"{signed(lead)} dB in {task}" for task, lead in leads("I").items()])
-    moved = listed([f"{signed(lead)} dB in {task}" for task, lead in leads("III").items()])
-    drawn = listed([f"{signed(lead)} dB in {task}" for task, lead in leads("IV").items()])
-    cost = listed(
-        [f"{table['II'][task, 'glow'] - table['II'][task, 'glow-frozen']:.1f} dB in {task}" for task in tasks]
-    )
-    return [
-        "- the flow restores best of three networks; its lead over the better of the other two is "
-        f"{first} ({{doc}}`one page a task <../notebooks/in_distribution-inpainting>`);",
-        f"- it also leads when the measurement at test time differs from that in training, by {moved} "
-        "({doc}`here <../notebooks/ood_measurements-inpainting>`), but not always on anime faces, with "
-        f"{drawn} ({{doc}}`here <../notebooks/ood_images-inpainting>`);",
-        f"- a flow that is only plugged in, not trained for the task, is worse by {cost} "
-        "({doc}`here <../notebooks/plug_and_play-inpainting>`).",
+        "so which of them is best there is not known."
     ]
 
 
@@ -236,7 +268,7 @@ def _of(record, profile):
 def with_links(text: str) -> str:
     """Markdown in which each number's task leads to its page, and the count of orders to all of them."""
     tasks = "|".join(MAIN_TASKS)
-    text = re.sub(rf"\b({tasks})(?= \(|: )", r"{doc}`\1 <../notebooks/in_distribution-\1>`", text)
+    text = re.sub(rf"\b({tasks})(?=: )", r"{doc}`\1 <../notebooks/in_distribution-\1>`", text)
     return re.sub(r"\d+ orders", r"{doc}`\g<0> <../notebooks/tables>`", text)
 
 
@@ -256,7 +288,7 @@ def write_front(tables):
                 f":figclass: {name}",
                 "",
                 "Two faces that no training has seen, measured and restored by the recorded flow solvers. "
-                f"{listed(list(BOXES))}, both in the public domain.",
+                f"{listed(list(BOXES))}, both in the public domain. Below each picture: its PSNR.",
                 "```",
                 "",
             ]
@@ -264,9 +296,12 @@ def write_front(tables):
             "## The bottom line",
             "",
             *(f"{i}. {with_links(text)}" for i, text in enumerate(bottom_line(records), 1)),
+            "",
+            *scoreboard(records),
+            "",
+            LEGEND,
         ]
         rows = budgets(records)
         lines += ["", "## The budgets", "", *told_profiles(records), "", *map(with_links, rows)]
         lines += ["", SIZES] + ["", STAR] * any("*" in row for row in rows)
     write_text(tables / "front.md", "\n".join(lines) + "\n")
-    write_text(tables / "claims.md", "\n".join(paper_claims()) + "\n")

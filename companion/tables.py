@@ -413,7 +413,7 @@ def claims(name: str, edition: str, records: list[dict], others: Sequence[dict] 
     for task in dict.fromkeys(key[0] for key in paper):
         for first, second in about.pairs:
             if {(task, first), (task, second)} <= set(paper):
-                pair, profile = _pair(records, others, name, edition, task, first, second)
+                pair, profile = pair_of(records, others, name, edition, task, first, second)
                 rows.append(
                     {
                         "Task": _task_cell(task, about.evaluation),
@@ -429,7 +429,7 @@ def claims(name: str, edition: str, records: list[dict], others: Sequence[dict] 
     return rows
 
 
-def _pair(records, others, name, edition, task, first, second):
+def pair_of(records, others, name, edition, task, first, second):
     """compare() of two methods, and the profile that they are of: that of the records, or one of the others
     that has both."""
     groups = [[r for r in records if r["task"] == task]]
@@ -555,7 +555,7 @@ def overview(edition: str, records: list[dict], others: Sequence[dict] = ()) -> 
         for first, second in about.pairs if of == edition else ():
             cells = {}
             for task in tasks:
-                pair, profile = _pair(records, others, name, edition, task, first, second)
+                pair, profile = pair_of(records, others, name, edition, task, first, second)
                 cells[TASKS[task].label] = "–"
                 if pair and pair.paper is not None:
                     mark = MARKS.get(verdict(pair), "?")

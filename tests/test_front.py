@@ -23,29 +23,34 @@ def three(task, glow, unet, resnet):
 
 def test_the_bottom_line_follows_the_records():
     found = three("inpainting", 33, 32, 31) + three("deblurring", 34, 30, 35) + three("denoising", 19, 25, 26)
-    first, second, third = front.bottom_line(found)
-    assert "restores best in inpainting (+1.00 ± 0.00 dB against the U-Net; the paper's lead: +0.77)" in first
-    assert "does not in" in second and "deblurring (−1.00 ± 0.00 dB against the ResNet" in second
-    assert "deblurring" not in first and "Undecided: denoising" in second  # below its own measurement
+    first, last = front.bottom_line(found)  # one size alone
+    assert "restores best in inpainting, but not in deblurring (the ResNet is ahead).**" in first
+    assert first.endswith("Undecided: denoising.")  # below its own measurement
     claims = [row for e in ("v2", "v1") for row in tables.every_claim(e, records.comparison(found, e))]
-    assert f"Of all {len(claims)} orders" in third
+    assert f"Of all {len(claims)} orders" in last
     replicated = sum(row["Verdict"] == "replicated" for row in claims)
-    assert replicated and f"{replicated} came out as printed" in third and "1 seed," in third
+    assert replicated and f"{replicated} came out as printed" in last and "1 seed, like its rivals" in last
 
 
 def test_the_bottom_line_leads_to_its_numbers():
-    found = three("inpainting", 33, 32, 31) + three("deblurring", 34, 30, 35)
-    first, second, third = map(front.with_links, front.bottom_line(found))
-    assert "{doc}`inpainting <../notebooks/in_distribution-inpainting>` (+1.00" in first
-    assert "{doc}`deblurring <../notebooks/in_distribution-deblurring>` (−1.00" in second
-    assert "orders <../notebooks/tables>`" in third
+    found = three("inpainting", 33, 32, 31) + three("deblurring", 34, 30, 35) + three("denoising", 19, 25, 26)
+    assert "orders <../notebooks/tables>`" in front.with_links(front.bottom_line(found)[-1])
+    heads, _, best, *others = front.scoreboard(found)
+    assert heads.count("|") == best.count("|") == 5 and len(others) == 4
+    assert "✓ {doc}`+1.00 ± 0.00 <../notebooks/in_distribution-inpainting>` (+0.77)" in best
+    assert "✗ {doc}`−1.00 ± 0.00 <../notebooks/in_distribution-deblurring>` (+1.89)" in best
+    assert "? {doc}`" in best and all("not run" in row for row in others)
 
 
 def test_one_rival_ahead_is_enough():
-    decided, _ = front.main_claim(three("inpainting", 33, 19, 34), "inpainting")  # the U-Net learnt nothing
-    assert decided == "the opposite"
-    assert front.main_claim(three("inpainting", 33, 19, 31), "inpainting")[0].startswith("no claim")
-    assert front.main_claim(three("inpainting", 33, 32, 31)[:2], "inpainting")[0] == "not run"
+    def verdict(found):
+        return front.decided(front.CLAIMS[0], "inpainting", found)[0]
+
+    assert verdict(three("inpainting", 33, 19, 34)) == "the opposite"  # the U-Net learnt nothing
+    assert verdict(three("inpainting", 33, 19, 31)).startswith("no claim")
+    assert verdict(three("inpainting", 33, 32, 33)) == "not distinguishable"
+    assert verdict(three("inpainting", 33, 32, 31)) == "replicated"
+    assert verdict(three("inpainting", 33, 32, 31)[:2]) == "not run"
 
 
 def test_every_number_leads_to_its_record():
