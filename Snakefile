@@ -127,6 +127,7 @@ for page in PAGES:
             runs=[run.folder_name for run in PAGES[page].runs],
             retrain=RETRAIN,
             words=parameters(page),
+            about=PAGES[page].about,
         threads: cores(page)
         resources:
             gpu=1 if PAGES[page].runs and PROFILE in LARGE else 0,
@@ -134,7 +135,7 @@ for page in PAGES:
             runtime=60 * 24 if PROFILE == "paper" else 60 * 6,
         shell:
             f"{PYTHON} -m papermill {{input.notebook:q}} {{log:q}} --no-progress-bar --log-level WARNING {{params.words}}"
-            f" && {PYTHON} -m companion.hide {{log:q}} {{output:q}}"
+            f" && {PYTHON} -m companion.hide {{log:q}} {{output:q}} {{params.about:q}}"
 
 
 # Timed, so it has every core to itself. The record of one method stands for all.

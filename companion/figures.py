@@ -37,6 +37,7 @@ from flowlib.metrics import psnr
 # Okabe and Ito's colour-blind-safe palette: one colour a method, everywhere.
 COLOURS = {"resnet": "#E69F00", "unet": "#0072B2", "glow": "#009E73", "glow-noisy": "#CC79A7"}
 GREY, INK = "#8A8A8A", "#222222"
+SET_BACK = "back to its best weights"
 WIDTH = 5.2
 STYLE = {
     "figure.dpi": 136,
@@ -172,7 +173,7 @@ def fold_curves(records):
     for column, record in zip(axes.T, records):
         colour, folds = COLOURS[record["method"]], record["folds"]
         positions = np.arange(1, len(folds) + 1)
-        column[0].set_title(TASKS[record["task"]].label)
+        column[0].set_title(f"{TASKS[record['task']].label}\n{METHODS[record['method']].short}")
         column[-1].set(xlabel="fold k", xticks=positions)
         for axis, (key, label) in zip(column, quantities.items()):
             before, after = ([fold[k] for fold in folds] for k in (f"{key}_tilde", key))
@@ -193,6 +194,20 @@ def fold_curves(records):
     return figure
 
 
+def mark_restarts(axis, record, history, positions, quality):
+    """A cross where a training, whose validation had fallen, went back to its best weights."""
+    steps = {restart["step"] for restart in record["training"].get("restarts") or ()}
+    back = [point for row, *point in zip(history, positions, quality) if row["step"] in steps]
+    if back:
+        axis.plot(*zip(*back), "x", color=INK, zorder=3, label=SET_BACK)
+
+
+def legend_entries(axes):
+    """{text: handle} of these axes, each text once and the crosses last."""
+    found = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels())}
+    return dict(sorted(found.items(), key=lambda entry: entry[0] == SET_BACK))
+
+
 @styled
 def learning_curves(records, paper=None):
     """Validation quality, −10 log10 of the mean squared error, over images seen and, where all ran on one
@@ -209,9 +224,10 @@ def learning_curves(records, paper=None):
             history = [h for h in r["training"]["history"] if h["val_loss"]]
             quality = [-10 * np.log10(h["val_loss"]) for h in history]
             style = dict(ms=3, lw=1.4, color=COLOURS[r["method"]], label=METHODS[r["method"]].short)
-            row[0].plot([h["images_seen"] / 1000 for h in history], quality, "o-", **style)
-            if num_columns == 2:
-                row[1].plot([minutes(r, h) for h in history], quality, "o-", **style)
+            scales = [[h["images_seen"] / 1000 for h in history], [minutes(r, h) for h in history]]
+            for axis, positions in zip(row, scales):
+                axis.plot(positions, quality, "o-", **style)
+                mark_restarts(axis, r, history, positions, quality)
         for (of, method), value in (paper or {}).items():
             if of == task and method in COLOURS:
                 for axis in row:
@@ -221,8 +237,9 @@ def learning_curves(records, paper=None):
     axes[-1, 0].set_xlabel("thousand images seen")
     if num_columns == 2:
         axes[-1, 1].set_xlabel("minutes of training")
-    handles = {text: handle for axis in axes[:, 0] for handle, text in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=9.5)
+    found = legend_entries(axes[:, 0])
+    style = dict(loc="outside upper center", ncols=3 if SET_BACK in found else 4, fontsize=9.5)
+    figure.legend(found.values(), found.keys(), **style)
     return figure
 
 
@@ -374,12 +391,14 @@ def validation_curves(records, paper=None):
         history = [h for h in r["training"]["history"] if h["val_loss"]]
         seen, quality = [h["images_seen"] for h in history], [-10 * np.log10(h["val_loss"]) for h in history]
         axis.plot(seen, quality, "o-", color=colours[r["method"]], ms=4, label=METHODS[r["method"]].short)
+        mark_restarts(axis, r, history, seen, quality)
         if (r["task"], r["method"]) in (paper or {}):
             axis.axhline(paper[r["task"], r["method"]], color=colours[r["method"]], ls=":", lw=1.2)
     axis.set(xlabel="images seen", ylabel="validation, dB")
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.legend()
+    found = legend_entries([axis])
+    axis.legend(found.values(), found.keys())
     return figure
 
 
@@ -431,45 +450,44 @@ def every_run(task, edition, records):
 
 @styled
 def fold_diagram(y, x0, folds, numbers, original):
-    """The folds as a diagram: each row one fold, the image after its data step, the path through the latent
-    space, and the image after its prox. numbers: the record's means over its test images."""
-    rows, side = len(folds), 1.0
-    figure, axis = plt.subplots(figsize=(7.2, 1.18 * rows + 1.5))
-    axis.set(xlim=(0, 6.1), ylim=(-rows * 1.18 - 0.1, 1.25), aspect="equal")
+    """The folds of one image as a diagram: each row one fold, the image after its data step, the path through
+    the latent space, and the image after its prox. numbers: what records.describe_folds says of the image."""
+    side, step, left, right = 1.3, 1.82, 0.0, WIDTH - 1.3
+    bottom, centre = -len(folds) * step - 0.05, WIDTH / 2
+    figure, axis = plt.subplots(figsize=(WIDTH, side + 0.45 - bottom))
+    axis.set(aspect="equal")
     axis.axis("off")
 
-    def image(tensor, x, top, text):
-        axis.imshow(pixels(tensor), extent=(x, x + side, top - side, top), interpolation="nearest", zorder=2)
-        axis.text(x + side / 2, top + 0.03, text, ha="center", va="bottom", fontsize=8.5)
+    def image(tensor, x, top, above="", below=""):
+        axis.imshow(pixels(tensor), extent=(x, x + side, top - side, top), interpolation="nearest")
+        axis.text(x + side / 2, top + 0.04, above, ha="center", va="bottom", fontsize=10)
+        axis.text(x + side / 2, top - side - 0.04, below, ha="center", va="top", fontsize=10)
 
-    def arrow(start, end, text="", color=GREY):
-        axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=color, lw=1.3))
-        if text:
-            middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
-            axis.text(middle[0], middle[1] + 0.05, text, ha="center", va="bottom", fontsize=8.5)
+    def arrow(start, end, text=""):
+        axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=GREY, lw=1.3))
+        axis.text((start[0] + end[0]) / 2, start[1] + 0.05, text, ha="center", va="bottom", fontsize=10)
 
-    image(y, 0.0, 1.05, "measurement $y$")
-    image(x0, 1.55, 1.05, "initial guess $x_0 = g(0)$")
-    image(original, 5.05, 1.05, "original")
-    arrow((2.05, 0.03), (2.05, -0.06))
+    image(x0, left, side, "$x_0 = g(0)$")
+    image(y, centre - side / 2, side, "measurement $y$")
+    image(original, right, side, "original")
+    arrow((left + side / 2, -0.03), (left + side / 2, -0.3))
     for k, (fold, row) in enumerate(zip(folds, numbers), start=1):
-        top = -0.18 - 1.18 * (k - 1)
-        middle = top - side / 2
-        axis.text(0.62, middle + 0.18, f"fold {k}", ha="center", fontsize=10, weight="bold")
-        axis.text(0.62, middle - 0.05, rf"$\mu$ = {row['step_size']:.2f}", ha="center", fontsize=8.5)
-        axis.text(0.62, middle - 0.26, rf"$\lambda$ = {row['shrinkage']:+z.3f}", ha="center", fontsize=8.5)
-        axis.imshow(pixels(fold.x_tilde[0]), extent=(1.55, 2.55, top - side, top), interpolation="nearest")
-        arrow((2.6, middle), (3.3, middle), r"$f_k$")
-        box = dict(boxstyle="round,pad=0.35", fc="#EAF5F1", ec=COLOURS["glow"])
+        top = -0.32 - step * (k - 1)
+        told = [
+            f"{row[f'psnr{key}']:.1f} dB\n{row[f'bits_per_dim{key}']:.1f} bits/dim" for key in ("_tilde", "")
+        ]
+        image(fold.x_tilde[0], left, top, below=told[0])
+        image(fold.x[0], right, top, below=told[1])
+        axis.text(centre, top - 0.1, f"fold {k}", ha="center", va="center", fontsize=11, weight="bold")
+        learnt = rf"$\mu$ = {row['step_size']:.2f}, $\lambda$ = {row['shrinkage']:+z.3f}"
+        axis.text(centre, top - 0.32, learnt, ha="center", va="center", fontsize=10)
         norms = rf"$\Vert \tilde{{z}} \Vert$ = {row['latent_norm_tilde']:.0f}" + "\n÷ (1 + λ)\n"
         norms += rf"$\Vert z \Vert$ = {row['latent_norm']:.0f}"
-        axis.text(3.8, middle, norms, ha="center", va="center", fontsize=8, bbox=box)
-        arrow((4.3, middle), (5.0, middle), r"$g_k$")
-        axis.imshow(pixels(fold.x[0]), extent=(5.05, 6.05, top - side, top), interpolation="nearest")
-        for x, key in ((2.05, "_tilde"), (5.55, "")):
-            told = f"{row[f'psnr{key}']:.1f} dB, {row[f'bits_per_dim{key}']:.1f} bits/dim"
-            axis.text(x, top - side - 0.03, told, ha="center", va="top", fontsize=7.5, color=INK)
-    axis.set(xlim=(0, 6.1), ylim=(-rows * 1.18 - 0.25, 1.25))
+        box, middle = dict(boxstyle="round,pad=0.35", fc="#EAF5F1", ec=COLOURS["glow"]), top - 0.9
+        axis.text(centre, middle, norms, ha="center", va="center", fontsize=10, bbox=box)
+        arrow((left + side + 0.03, middle), (centre - 0.58, middle), "$f_k$")
+        arrow((centre + 0.58, middle), (right - 0.03, middle), "$g_k$")
+    axis.set(xlim=(0, WIDTH), ylim=(bottom, side + 0.3))
     return figure
 
 

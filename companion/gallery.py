@@ -9,7 +9,7 @@ import torch
 from companion import figures
 from companion.experiment import Experiment
 from companion.paths import RESULTS
-from companion.records import last_fold_only, measured, read, reconstruct, recorded
+from companion.records import describe_folds, last_fold_only, measured, read, reconstruct, recorded
 from companion.runs import is_finished, kept_experiments, kept_model, kept_place, load
 from companion.settings import METHODS, TASKS, Run
 from companion.tables import anchor, record_of
@@ -248,13 +248,13 @@ def _same_flow(r, found, task):
 
 @torch.no_grad()
 def folds_figure(task: str):
-    """The paper's Figure 1 with the images and numbers of the kept flow solver: fold after fold, one face."""
+    """The paper's Figure 1 with images and numbers: one face, fold by fold, in the kept flow solver."""
     found = kept_records(task)
     record = next((found[m] for m in FLOWS if m in found), None)
     if record is None:
         return "No solver for this task is kept."
-    y, operator = measured(task, faces(), 0)
-    model = solver(record)
+    x, model = faces()[:1], solver(record)
+    y, operator = measured(task, x, 0)
     _, folds = model(y, operator, return_folds=True)
-    diagram = figures.fold_diagram(y[0], model.x0[0].detach(), folds, record["folds"], faces()[0])
-    return figures.as_svg(diagram)
+    numbers = describe_folds(model, operator, y, x)
+    return figures.as_svg(figures.fold_diagram(y[0], model.x0[0].detach(), folds, numbers, x[0]))

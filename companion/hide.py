@@ -1,5 +1,6 @@
 """Copies an executed notebook for the book: the parameters that papermill put into it will not be on its
-page, and who downloads it alone is told what it needs: python -m companion.hide executed.ipynb page.ipynb"""
+page, its heading says which of the notebook's pages it is, and who downloads it alone is told what it needs:
+python -m companion.hide executed.ipynb page.ipynb about"""
 
 import sys
 
@@ -16,8 +17,11 @@ if not (find_spec("companion") and find_spec("flowlib")):
     )"""
 
 
-def main(source, target):
+def main(source, target, about=""):
     notebook = nbformat.read(source, as_version=4)
+    if about:
+        heading, *text = notebook.cells[0].source.split("\n")
+        notebook.cells[0].source = "\n".join([f"{heading} ({about})", *text])
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
         if "parameters" in tags:

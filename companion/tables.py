@@ -396,6 +396,12 @@ def signed(value):
     return f"{value:+.2f}".replace("-", "−")
 
 
+def power_of_ten(value: float) -> str:
+    """The text "2 · 10⁻⁶"."""
+    digit, exponent = f"{value:.0e}".split("e")
+    return f"{digit} · 10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
 def verdict(pair: Comparison) -> str:
     """In words, whether a paired difference has the sign of the paper's."""
     if pair.reason:

@@ -93,6 +93,25 @@ def test_internal_links_resolve(html, pages):
     assert broken == []
 
 
+def test_every_page_has_a_heading_of_its_own(html):
+    """Also where one notebook makes several."""
+    heading = re.compile(r'<h1>(?:<span class="section-number">.*?</span>)?(.*?)<a', re.DOTALL)
+    headings = [heading.search((html / f"{page}.html").read_text())[1] for page in PAGES]
+    assert sorted(headings) == sorted(set(headings))
+
+
+def test_every_picture_says_what_it_shows(pages):
+    """Sphinx takes the path of a picture that nobody described."""
+    images = re.compile(r"<img [^>]*>")
+    mute = [
+        (path.name, image)
+        for path in pages
+        for image in images.findall(path.read_text())
+        if not re.search(r'alt="(?!\.\./_images)[^"]', image)
+    ]
+    assert mute == []
+
+
 def test_nothing_is_loaded_from_elsewhere(pages):
     url = r"=[\"']?(?:https?:)?//"
     pattern = re.compile(rf"<(?:script|img|iframe)[^>]+src{url}|<link[^>]+stylesheet[^>]+href{url}")
