@@ -483,12 +483,12 @@ def page_of(name: str, edition: str, task: str) -> str:
 
 
 def record_of(record: dict, of_build: bool = False) -> Link:
-    """Where the book holds the record of a run, recorded or of this build; as text, the hash of its
-    settings."""
+    """Where the book holds the record of a run, recorded or of this build; as text, its profile and the hash
+    of its settings, which two profiles may share."""
     names = record["experiment"]
     place = ["this-build" if of_build else f"{names['profile']}-{names['dataset']}-s{names['seed']}"]
     place += [names["edition"]] if record["kind"] != "flow" else []
-    text = record.get("settings_hash") or "record"
+    text = f"{names['profile']} {record.get('settings_hash', record['name'])}"
     return Link(text, "../records/" + "/".join([*place, f"{record['name']}.json"]))
 
 
