@@ -205,8 +205,8 @@ def table(
 
 
 def _elsewhere(others, edition, evaluation, task, method):
-    """Remark and record of a run that another profile has."""
-    found = [r for r in others if r["kind"] == "solver" and r["experiment"]["edition"] == edition]
+    """Remark and record of a run that another profile has, seeds merged."""
+    found = [r for r in merged(others) if r["kind"] == "solver" and r["experiment"]["edition"] == edition]
     found = [r for r in found if (r["task"], r["method"]) == (task, method) and part(r, evaluation)]
     if not found:
         return {}
@@ -502,8 +502,8 @@ def linked(rows: list[dict]) -> list[dict]:
     return [{k: anchor(v) if isinstance(v, Link) else v for k, v in row.items()} for row in rows]
 
 
-def every_number(records: list[dict]) -> list[dict]:
-    """Rows: every number of the paper's tables, of both editions, beside ours."""
+def every_number(records: list[dict], others: Sequence[dict] = ()) -> list[dict]:
+    """Rows: every number of the paper's tables, of both editions, beside ours. others: see table."""
     rows = []
     for (name, edition), about in PAPER_TABLES.items():
         of_edition = [r for r in records if r["experiment"]["edition"] == edition]
@@ -513,6 +513,7 @@ def every_number(records: list[dict]) -> list[dict]:
             found = part(record, about.evaluation)["psnr"] if record and record["kind"] == "solver" else None
             finite = found and found["mean"] is not None
             away = found["mean"] - value if finite else None
+            elsewhere = {} if record else _elsewhere(others, edition, about.evaluation, task, method)
             rows.append(
                 {
                     "Table": f"{edition} {name}",
@@ -527,6 +528,7 @@ def every_number(records: list[dict]) -> list[dict]:
                     "Record": record_of(record) if record else "–",
                     "Page": Link("page", page_of(name, edition, task)),
                 }
+                | elsewhere
             )
     return rows
 
@@ -594,7 +596,8 @@ def tabulate(experiment):
     write_csv(tables / "table1.csv", linked(table("I", edition, here, of_build=True)))
     for of in ("v2", "v1"):
         write_csv(tables / f"recorded_{of}.csv", linked(table("I", of, comparison(kept, of), others=kept)))
-    write_csv(tables / "numbers.csv", every_number([r for e in ("v2", "v1") for r in comparison(kept, e)]))
+    compared = [r for e in ("v2", "v1") for r in comparison(kept, e)]
+    write_csv(tables / "numbers.csv", every_number(compared, others=kept))
     write_csv(tables / "learning_rates.csv", learning_rates())
     write_csv(tables / "provenance.csv", linked(provenance_rows(here, kept)))
     shutil.rmtree(experiment.build / "records", ignore_errors=True)
