@@ -337,9 +337,9 @@ def _of_seeds(solvers, evaluation, num_seeds):
     return scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance * sum(1 / n for n in num_seeds))
 
 
-def beside_classical(task, edition, records):
-    """Rows of one task: the paper's best, our best learned solver and the classical methods, from one
-    experiment's records."""
+def beside_classical(task, edition, records, of_build=False):
+    """Rows of one task: the paper's best, our best learned solver of all profiles, and the classical methods;
+    a number leads to its record."""
     paper = {method: value for (of, method), value in paper_table("I", edition).items() if of == task}
     best = max(paper, key=paper.get)
     empty = {"PSNR, dB": "not run", "SSIM": "–", "ms an image": "–", "On": "–", "Parameter": "–"}
@@ -351,7 +351,7 @@ def beside_classical(task, edition, records):
         chosen = r.get("parameter")
         return {
             "Method": label,
-            "PSNR, dB": plus_minus(r["psnr"]),
+            "PSNR, dB": Link(plus_minus(r["psnr"]), record_of(r, of_build).href),
             "SSIM": f"{r['ssim']['mean']:.3f}",
             "ms an image": f"{r['milliseconds_per_image']:.1f}",
             "On": machine(r, "evaluated"),
@@ -362,9 +362,9 @@ def beside_classical(task, edition, records):
     here = sorted((r for r in here if r["kind"] in ("solver", "classical")), key=lambda r: -r["psnr"]["mean"])
     learned = next((r for r in here if r["kind"] == "solver"), None)
     label = "Our best learned"
-    rows.append(
-        row(f"{label}: {METHODS[learned['method']].label}", learned) if learned else {"Method": label} | empty
-    )
+    if learned:
+        label += f", profile {learned['experiment']['profile']}: {METHODS[learned['method']].label}"
+    rows.append(row(label, learned) if learned else {"Method": label} | empty)
     return rows + [row(r["method"], r) for r in here if r["kind"] == "classical"]
 
 
@@ -490,6 +490,11 @@ def record_of(record: dict, of_build: bool = False) -> Link:
     place += [names["edition"]] if record["kind"] != "flow" else []
     text = f"{names['profile']} {record.get('settings_hash', record['name'])}"
     return Link(text, "../records/" + "/".join([*place, f"{record['name']}.json"]))
+
+
+def benchmark(name: str) -> Link:
+    """Where the book holds the record of a benchmark."""
+    return Link(f"{name}.json", f"../records/benchmarks/{name}.json")
 
 
 def anchor(link: Link) -> str:
