@@ -405,23 +405,27 @@ def verdict(pair: Comparison) -> str:
     return "replicated" if pair.difference * pair.paper > 0 else "the opposite"
 
 
-def claims(name: str, edition: str, records: list[dict], others: Sequence[dict] = ()) -> list[dict]:
+def claims(
+    name: str, edition: str, records: list[dict], others: Sequence[dict] = (), only: str | None = None
+) -> list[dict]:
     """Rows: every order of two methods that the paper draws conclusions from in one of its tables, run or
-    not: its difference, ours, and the verdict. others: records to look in where the two are not in records;
-    both are taken from one profile."""
+    not: its difference, ours, and the verdict. others: see together; only: of one task."""
     rows, paper, about = [], paper_table(name, edition), PAPER_TABLES[name, edition]
-    for task in dict.fromkeys(key[0] for key in paper):
+    for task in [only] if only else dict.fromkeys(key[0] for key in paper):
         for first, second in about.pairs:
             if {(task, first), (task, second)} <= set(paper):
-                pair, profile = _pair(records, others, name, edition, task, first, second)
+                found = together(records, others, name, edition, task, first, second)
+                pair = compare(found, name, edition, task, first, second)
+                told = all_told(found, first, second) if about.evaluation == "ood_measurements" else None
                 rows.append(
                     {
                         "Task": _task_cell(task, about.evaluation),
                         "Claim": f"{METHODS[first].short} over {METHODS[second].short}",
                         "Paper, dB": signed(paper[task, first] - paper[task, second]),
-                        "Ours, dB": f"{signed(pair.difference)} ± {pair.half_width:.2f}" if pair else "–",
+                        "Ours, dB": (f"{signed(pair.difference)} ± {pair.half_width:.2f}" if pair else "–")
+                        + (f" (all folds told: {signed(told)})" if told is not None else ""),
                         "Verdict": verdict(pair) if pair else "not run",
-                        "Profile": profile,
+                        "Profile": profile_of(found),
                         "Seeds": " and ".join(map(str, pair.num_seeds)) if pair else "–",
                         "Page": Link("page", page_of(name, edition, task)),
                     }
@@ -429,19 +433,35 @@ def claims(name: str, edition: str, records: list[dict], others: Sequence[dict] 
     return rows
 
 
-def _pair(records, others, name, edition, task, first, second):
-    """compare() of two methods, and the profile that they are of: that of the records, or one of the others
-    that has both."""
-    groups = [[r for r in records if r["task"] == task]]
+def together(records, others, name, edition, task, first="glow", second="unet") -> list[dict]:
+    """The records of a task in which to compare two methods: these or, where they lack one of the two, those
+    of one of the others' profiles that has both, seeds merged; [] where none has."""
+    groups, others = [records], merged(others)
     for profile in dict.fromkeys(r["experiment"]["profile"] for r in others):
-        groups.append([r for r in others if r["experiment"]["profile"] == profile])
+        groups.append(
+            [r for r in others if r["experiment"]["profile"] == profile or r["kind"] == "classical"]
+        )
     for group in groups:
-        found = [r for r in group if r["experiment"]["edition"] == edition]
-        pair = compare(found, name, edition, task, first, second)
-        if pair:
-            solvers = (r for r in found if r["kind"] != "classical")
-            return pair, next(r["experiment"]["profile"] for r in solvers)
-    return None, "–"
+        found = [r for r in group if r["task"] == task and r["experiment"]["edition"] == edition]
+        if compare(found, name, edition, task, first, second):
+            return found
+    return []
+
+
+def profile_of(records: list[dict]) -> str:
+    """Of the solvers among records of one task."""
+    return next((r["experiment"]["profile"] for r in records if r["kind"] != "classical"), "–")
+
+
+def all_told(records: list[dict], first: str, second: str) -> float | None:
+    """Inpainting of a smaller hole in the other reading, in which all folds are told of it: by how many dB
+    one method is above another (see part)."""
+    means = {
+        r["method"]: r["ood_measurements"]["psnr"]["mean"]
+        for r in merged(records)
+        if r["kind"] == "solver" and r["task"] == "inpainting"
+    }
+    return means[first] - means[second] if {first, second} <= set(means) else None
 
 
 def _task_cell(task, evaluation):
@@ -562,15 +582,15 @@ def overview(edition: str, records: list[dict], others: Sequence[dict] = ()) -> 
         for first, second in about.pairs if of == edition else ():
             cells = {}
             for task in tasks:
-                pair, profile = _pair(records, others, name, edition, task, first, second)
+                found = together(records, others, name, edition, task, first, second)
+                pair, profile = compare(found, name, edition, task, first, second), profile_of(found)
                 cells[TASKS[task].label] = "–"
                 if pair and pair.paper is not None:
                     mark = MARKS.get(verdict(pair), "?")
                     numbers = f"{signed(pair.difference)} ± {pair.half_width:.2f} ({signed(pair.paper)})"
                     notes = [repeats(task, about.evaluation).replace("table ", "")]
-                    notes += ["last fold told"] * (
-                        about.evaluation == "ood_measurements" and task == "inpainting"
-                    )
+                    if about.evaluation == "ood_measurements" and task == "inpainting":
+                        notes += [f"last fold told; all told: {signed(all_told(found, first, second))}"]
                     of_task = (r for r in records if r["task"] == task and r["kind"] != "classical")
                     same = any(r["experiment"]["profile"] == profile for r in of_task)
                     notes += [] if same else [profile]
