@@ -215,6 +215,7 @@ rule stage:
         " && if [ -d results ]; then cp -r results {output}; fi"
         # Every number's record goes with the book: those kept with the code, and this build's own.
         " && if [ -d results/runs ]; then cp -r results/runs/. {output}/extra/records; fi"
+        " && if [ -d results/benchmarks ]; then cp -r results/benchmarks {output}/extra/records; fi"
         f" && if [ -d {BUILD}/records ]; then cp -r {BUILD}/records/. {{output}}/extra/records; fi"
         " && cp {input.notebooks} {output}/notebooks"
         f" && cp {BUILD}/tables/* {{output}}/tables"

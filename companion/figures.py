@@ -13,12 +13,13 @@ import torch
 from IPython.display import SVG
 from matplotlib.ticker import MaxNLocator
 
-from companion.records import of_seeds
+from companion.records import merged, of_seeds
 from companion.settings import EDITION_WORDS, METHODS, TASKS, in_few_words, in_words
 from companion.tables import (
     PAPER_TABLES,
     Link,
     anchor,
+    claims,
     compare,
     listed,
     machine,
@@ -29,6 +30,7 @@ from companion.tables import (
     plus_minus,
     record_of,
     signed,
+    together,
     verdict,
 )
 from flowlib.images import to_uint8
@@ -403,29 +405,31 @@ def validation_curves(records, paper=None):
 
 
 def beside_paper(task, methods, paper, kept, here, evaluation=None):
-    """Rows, one a method: the paper's number, that of the recorded run (kept) and of the one just made."""
+    """Rows, one a method: the paper's number, that of the recorded run (kept), which leads to its record, and
+    that of the one just made."""
+    recorded, made = outcomes(kept, evaluation), outcomes(here, evaluation)
 
-    def ours(records, method):
-        record = outcomes(records, evaluation).get((task, method))
+    def ours(record):
         if record is None or record["kind"] == "failed":
             return "diverged" if record else "not run"
         num_seeds, text = len(of_seeds(record)), plus_minus(part(record, evaluation)["psnr"])
         return f"{text}, mean of {num_seeds} seeds" if num_seeds > 1 else text
 
-    def training(method):
-        record = next((r for r in here if (r["task"], r["method"]) == (task, method)), None)
-        return f"{record['training']['images_seen']:,}, {minutes(record):.1f} min" if record else "–"
+    def seen(record):
+        return f"{record['training']['images_seen']:,}" if record else "–"
 
-    return [
-        {
+    def row(method):
+        old, new = recorded.get((task, method)), made.get((task, method))
+        return {
             "Method": METHODS[method].label,
             "Paper, dB": f"{paper[task, method]:.2f}" if (task, method) in paper else "–",
-            "Recorded, dB": ours(kept, method),
-            "Here, dB": ours(here, method),
-            "Images seen here": training(method),
+            "Recorded, dB": Link(ours(old), record_of(old).href) if old else "not run",
+            "Images seen": seen(old),
+            "Here, dB": ours(new),
+            "Images seen here": f"{seen(new)}, {minutes(new):.1f} min" if new else "–",
         }
-        for method in methods
-    ]
+
+    return [row(method) for method in methods]
 
 
 def every_run(task, edition, records):
@@ -534,41 +538,58 @@ def fold_rows(records):
     ]
 
 
-def paper_says(name, edition, task):
-    """One sentence: what one of the paper's tables has for a task; "" where it has nothing."""
-    printed = {method: value for (of, method), value in paper_table(name, edition).items() if of == task}
-    cells = [
-        f"{value:.2f} dB for {METHODS[m].short}"
-        for m, value in sorted(printed.items(), key=lambda item: -item[1])
-    ]
-    of = EDITION_WORDS[edition]
-    return f"Table {name} of the paper's {of} has {listed(cells)}." if cells else ""
+def _above(difference, rival, half_width=None):
+    """ "0.60 ± 0.43 dB above U-Net" """
+    side = "above" if difference > 0 else "below"
+    sure = "" if half_width is None else f" ± {half_width:.2f}"
+    return f"{abs(difference):.2f}{sure} dB {side} {METHODS[rival].short}"
 
 
-def _orders(records, name, edition, task, of_paper):
-    """Clauses: how the methods that a table compares stand to one another; of_paper: with its difference and
-    the verdict. Where the flow of clean images was not run, our extension is told of in its place."""
-    solved = {r["method"] for r in records if r["kind"] == "solver"}
-    clauses = {}
-    for first, second in PAPER_TABLES[name, edition].pairs:
-        replaced = first == "glow" and second in ("unet", "resnet") and first not in solved
-        pair = compare(records, name, edition, task, "glow-noisy" if replaced else first, second)
-        if pair is None:
-            continue
-        side = "above" if pair.difference > 0 else "below"
-        text = f"{abs(pair.difference):.2f} ± {pair.half_width:.2f} dB {side} {METHODS[second].short}"
-        if of_paper and pair.paper is not None:
-            text += f" (the paper: {signed(pair.paper)}; **{verdict(pair)}**)"
-        subject = "our flow that saw noise too" if replaced else METHODS[first].short
-        clauses.setdefault(subject, []).append(text)
-    found = [f"{subject} is {listed(texts)}" for subject, texts in clauses.items()]
-    return found + [f"{METHODS[r['method']].short} diverged" for r in records if r["kind"] == "failed"]
+def _rivals(name, edition, task):
+    """Those that one of the paper's tables compares its flow with in a task."""
+    pairs, printed = PAPER_TABLES[name, edition].pairs, paper_table(name, edition)
+    return [second for first, second in pairs if first == "glow" and (task, second) in printed]
 
 
-def answer(name, edition, task, kept, here, told=in_few_words):
-    """Sentences, from the records alone: how the methods that one of the paper's tables compares stand to one
-    another for a task, in the recorded runs with a verdict (on photographs), in those just made without.
-    told: says what a record's experiment was run on."""
+def in_short(name, edition, task, kept, others=()):
+    """The claim of a page: by how much the paper's flow is above its rivals, by how much ours, with the
+    verdicts of tables.claims, and what ± covers. others: see tables.together."""
+    rivals, printed = _rivals(name, edition, task), paper_table(name, edition)
+    if not rivals:
+        return ""
+    paper = [_above(printed[task, "glow"] - printed[task, rival], rival) for rival in rivals]
+    sentences = [f"Table {name} of the paper's {EDITION_WORDS[edition]} has GLOW {listed(paper)}."]
+    ours, solvers = {}, {}
+    for rival in rivals:
+        found = together(kept, others, name, edition, task, "glow", rival)
+        pair = compare(found, name, edition, task, "glow", rival)
+        if pair:
+            solvers |= {r["method"]: r for r in merged(found) if r["kind"] == "solver"}
+            where = in_words(solvers[rival]["experiment"])
+            text = f"{_above(pair.difference, rival, pair.half_width)} (**{verdict(pair)}**)"
+            ours.setdefault(where, []).append(text)
+    if not ours:
+        return f"**In short.** {sentences[0]} The two were not run, so there is no answer yet."
+    for where, texts in ours.items():
+        sentences.append(f"In the recorded runs, trained {where}, it is {listed(texts)}.")
+    counts = [f"{len(of_seeds(solvers[m]))} of {METHODS[m].short}" for m in ("glow", *rivals) if m in solvers]
+    spread = f" and over seeds ({listed(counts)}; their spread is taken as one for all methods of the task)"
+    several = any("seeds" in r for r in solvers.values())
+    sentences.append(
+        f"± is the 95 % interval over test images{spread if several else '; there is one seed of each'}."
+    )
+    return f"**In short.** {' '.join(sentences)}"
+
+
+def verdicts(name, edition, task, kept, others=()):
+    """HTML: tables.claims of one task."""
+    rows = claims(name, edition, kept, others, task)
+    rows = [{key: cell for key, cell in row.items() if key not in ("Task", "Page")} for row in rows]
+    return html_table(rows, "What the paper concludes from its table, and what the recorded runs say.")
+
+
+def on_this_page(name, edition, task, kept, here):
+    """What came out of the runs made on a page, in words, without a verdict."""
     known = {
         (r["settings_hash"], r["data"]["pixels_sha256"])
         for k in kept
@@ -576,49 +597,62 @@ def answer(name, edition, task, kept, here, told=in_few_words):
         for r in of_seeds(k)
     }
     solved = [r for r in here if r["kind"] == "solver"]
-    same = solved and all((r["settings_hash"], r["data"]["pixels_sha256"]) in known for r in solved)
-    sentences = []
-    for records, is_kept in ((kept, True), ([] if same else here, False)):
-        records = [r for r in records if r["task"] == task and r["kind"] in ("solver", "failed", "classical")]
-        drawn = any(r["experiment"]["dataset"].startswith("synthetic") for r in records)
-        found = _orders(records, name, edition, task, is_kept and not drawn)
-        if found:
-            names = next(r["experiment"] for r in records if r["kind"] in ("solver", "failed"))
-            which = "In the recorded runs" if is_kept else "In the runs of this page"
-            which += ", which are also those of this page" * bool(is_kept and same)
-            sentences.append(f"{which}, {told(names)}, {listed(found)}.")
-            if is_kept and "our flow that saw noise too" in sentences[-1]:
-                sentences.append("The paper's own flow, of clean images, was not run for this.")
-            sentences.append(_images_seen(records, name, edition))
-            if drawn:
-                sentences.append("Drawn faces test the code and decide nothing about the paper.")
-    return " ".join(sentences) or "No two of these methods were run on this task, so there is no answer yet."
+    if solved and all((r["settings_hash"], r["data"]["pixels_sha256"]) in known for r in solved):
+        return "The runs of this page are the recorded ones."
+    pairs = {m: compare(here, name, edition, task, "glow", m) for m in _rivals(name, edition, task)}
+    told = [_above(pair.difference, m, pair.half_width) for m, pair in pairs.items() if pair]
+    if not told:
+        return ""
+    names = solved[0]["experiment"]
+    drawn = " Drawn faces test the code and decide nothing about the paper."
+    drawn *= names["dataset"].startswith("synthetic")
+    return f"In the runs of this page, trained {in_few_words(names)}, GLOW is {listed(told)}.{drawn}"
 
 
-def _images_seen(records, name, edition):
-    """A sentence: how many training images, with repetition, each method that a table compares saw."""
-    compared = {m for pair in PAPER_TABLES[name, edition].pairs for m in pair}
-    solved = [r for r in records if r["kind"] != "classical" and not METHODS[r["method"]].frozen]
-    told = [r for r in solved if r["method"] in compared] or solved
-    seen = [f"{METHODS[r['method']].short} ({r['training']['images_seen']:,})" for r in told]
-    return f"Training images seen, with repetition: {listed(seen)}."
+def images_seen(records, task, methods):
+    """A sentence: the recorded budgets."""
+    seen = [
+        f"{r['training']['images_seen']:,} for {METHODS[r['method']].short}"
+        for r in records
+        if r["kind"] == "solver" and r["task"] == task and r["method"] in methods
+    ]
+    told = f"training images seen, with repetition, in the recorded runs: {listed(seen)}"
+    return f"The order is one at this budget ({told})." if seen else ""
 
 
-def in_short(name, edition, task, kept):
-    """The claim of a page: what the paper prints, and what the recorded runs found."""
+def proxes_sentence(records):
+    """In which folds of recorded flow solvers the prox raises the PSNR, and in which it lowers it."""
+    told = []
+    for r in records:
+        pairs = [(fold["psnr_tilde"], fold["psnr"]) for fold in r["folds"]]
+        if all(None not in pair for pair in pairs):
+            gains = [f"{signed(b - a)} dB in fold {k}" for k, (a, b) in enumerate(pairs, start=1)]
+            told.append(f"of {METHODS[r['method']].short} by {listed(gains)}")
+    return f"In the recorded runs the prox changes the mean PSNR: that {'; that '.join(told)}." * bool(told)
+
+
+def change_sentence(records, task, methods, evaluation, change):
+    """What recorded solvers lose or gain out of distribution; change: "from photographs to anime faces"."""
+    told = []
+    for r in records:
+        if r["kind"] == "solver" and r["task"] == task and r["method"] in methods and part(r, evaluation):
+            moved = part(r, evaluation)["psnr"]["mean"] - r["psnr"]["mean"]
+            told.append(f"{signed(moved)} dB for {METHODS[r['method']].short}")
+    return f"In the recorded runs the mean PSNR changes, {change}, by {listed(told)}." if told else ""
+
+
+def all_told_sentence(records):
+    """Where the recorded flow stands in inpainting with a smaller hole if all folds are told of it."""
+    found = {r["method"]: r["ood_measurements"]["psnr"]["mean"] for r in records if r["kind"] == "solver"}
+    found = {m: found[m] for m in ("glow", "unet", "resnet") if m in found}
+    if len(found) < 3:
+        return ""
+    place = ("first", "second", "last")[sorted(found.values(), reverse=True).index(found["glow"])]
+    told = listed([f"{METHODS[m].short} {value:.2f} dB" for m, value in found.items()])
     return (
-        f"**In short.** {paper_says(name, edition, task)} {answer(name, edition, task, kept, [], in_words)}"
+        "Here only the last fold is told of the smaller hole, as the paper words it; with all folds told the "
+        f"flow is {place} ({told})."
     )
-
-
-def prox_sentence(record):
-    """In which folds of a flow solver the prox raises the PSNR, and in which it lowers it, in words."""
-    folds = record["folds"]
-    if any(fold[key] is None for fold in folds for key in ("psnr", "psnr_tilde")):
-        return f"The numbers of {METHODS[record['method']].short} are not all finite."
-    gains = [fold["psnr"] - fold["psnr_tilde"] for fold in folds]
-    told = listed([f"{signed(gain)} dB in fold {k}" for k, gain in enumerate(gains, start=1)])
-    return f"The prox of {METHODS[record['method']].short} changes the mean PSNR by {told}."
 
 
 def readings_sentence(records, methods):
@@ -634,4 +668,4 @@ def readings_sentence(records, methods):
                 f"{METHODS[r['method']].short} by {signed(literal)} dB where the last fold alone knows of it "
                 f"and by {signed(everywhere)} dB where all folds do"
             )
-    return f"The smaller hole changes {listed(told)}." if told else ""
+    return f"In the recorded runs the smaller hole changes {listed(told)}." if told else ""

@@ -18,9 +18,10 @@ from companion.tables import (
     machine,
     minutes,
     page_of,
-    pair_of,
     paper_table,
+    profile_of,
     signed,
+    together,
     verdict,
 )
 from data.portraits import BOXES
@@ -54,14 +55,16 @@ CLAIMS = (
 def decided(claim: Claim, task: str, records: list[dict], others: Sequence[dict] = ()):
     """(verdict, comparison with the nearest rival, that rival, profile) of a claim for one task: "not run"
     and None where a rival or the flow was not; others: see tables.claims."""
-    pairs = {r: pair_of(records, others, claim.table, claim.edition, task, "glow", r) for r in claim.rivals}
-    if not all(pair for pair, _ in pairs.values()):
+    where = claim.table, claim.edition, task, "glow"
+    found = {rival: together(records, others, *where, rival) for rival in claim.rivals}
+    if not all(found.values()):
         return "not run", None, None, "–"
-    verdicts = {verdict(pair) for pair, _ in pairs.values()}
+    pairs = {rival: compare(group, *where, rival) for rival, group in found.items()}
+    verdicts = set(map(verdict, pairs.values()))
     unclear = sorted(v for v in verdicts if v.startswith("no claim"))
     order = ("the opposite", *unclear, "not distinguishable", "replicated")  # one rival ahead is enough
-    rival = min(pairs, key=lambda r: pairs[r][0].difference)
-    return next(v for v in order if v in verdicts), pairs[rival][0], rival, pairs[rival][1]
+    rival = min(pairs, key=lambda rival: pairs[rival].difference)
+    return next(v for v in order if v in verdicts), pairs[rival], rival, profile_of(found[rival])
 
 
 def scoreboard(records: list[dict]) -> list[str]:

@@ -192,8 +192,8 @@ def sources(task: str, profile: str | None = None) -> str:
     profile: see pictured."""
     shown = pictured(task, profile=profile) | ({} if profile else kept_records(task))
     told = [
-        f"{METHODS[method].short} ({r['psnr']['mean']:.2f} dB on {len(r['psnr']['values'])} test images, "
-        f"record {anchor(record_of(r))})"
+        f"{METHODS[method].short} (seed {r['experiment']['seed']}: {r['psnr']['mean']:.2f} dB on "
+        f"{len(r['psnr']['values'])} test images, record {anchor(record_of(r))})"
         for method, r in sorted(shown.items(), key=lambda item: list(METHODS).index(item[0]))
     ]
     return f"<p>Shown are recorded solvers: {', '.join(told)}.</p>" if told else ""

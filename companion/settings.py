@@ -262,7 +262,7 @@ PROFILES = {
         },
     ),
 }
-# The same for twice as long.
+# Solvers trained for twice as long; the flow is trained as before.
 PROFILES["gpu-longer"] = replace(
     PROFILES["gpu"],
     unfolding={
@@ -279,7 +279,7 @@ PROFILE_WORDS = {
     "short": "a small flow, some minutes a training on one core",
     "cpu": "a middling flow, up to an hour a training on one core",
     "gpu": "the paper's networks, minutes a training on a large GPU",
-    "gpu-longer": "the same trained for twice as long",
+    "gpu-longer": "`gpu` with every solver trained for twice as long, the flow the same",
     "paper": "the paper's networks and trainings",
 }
 EDITION_WORDS = {"v1": "first edition (v1)", "v2": "final edition (v2)"}

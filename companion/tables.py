@@ -205,8 +205,8 @@ def table(
 
 
 def _elsewhere(others, edition, evaluation, task, method):
-    """Remark and record of a run that another profile has."""
-    found = [r for r in others if r["kind"] == "solver" and r["experiment"]["edition"] == edition]
+    """Remark and record of a run that another profile has, seeds merged."""
+    found = [r for r in merged(others) if r["kind"] == "solver" and r["experiment"]["edition"] == edition]
     found = [r for r in found if (r["task"], r["method"]) == (task, method) and part(r, evaluation)]
     if not found:
         return {}
@@ -337,9 +337,9 @@ def _of_seeds(solvers, evaluation, num_seeds):
     return scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance * sum(1 / n for n in num_seeds))
 
 
-def beside_classical(task, edition, records):
-    """Rows of one task: the paper's best, our best learned solver and the classical methods, from one
-    experiment's records."""
+def beside_classical(task, edition, records, of_build=False):
+    """Rows of one task: the paper's best, our best learned solver of all profiles, and the classical methods;
+    a number leads to its record."""
     paper = {method: value for (of, method), value in paper_table("I", edition).items() if of == task}
     best = max(paper, key=paper.get)
     empty = {"PSNR, dB": "not run", "SSIM": "–", "ms an image": "–", "On": "–", "Parameter": "–"}
@@ -351,7 +351,7 @@ def beside_classical(task, edition, records):
         chosen = r.get("parameter")
         return {
             "Method": label,
-            "PSNR, dB": plus_minus(r["psnr"]),
+            "PSNR, dB": Link(plus_minus(r["psnr"]), record_of(r, of_build).href),
             "SSIM": f"{r['ssim']['mean']:.3f}",
             "ms an image": f"{r['milliseconds_per_image']:.1f}",
             "On": machine(r, "evaluated"),
@@ -362,9 +362,9 @@ def beside_classical(task, edition, records):
     here = sorted((r for r in here if r["kind"] in ("solver", "classical")), key=lambda r: -r["psnr"]["mean"])
     learned = next((r for r in here if r["kind"] == "solver"), None)
     label = "Our best learned"
-    rows.append(
-        row(f"{label}: {METHODS[learned['method']].label}", learned) if learned else {"Method": label} | empty
-    )
+    if learned:
+        label += f", profile {learned['experiment']['profile']}: {METHODS[learned['method']].label}"
+    rows.append(row(label, learned) if learned else {"Method": label} | empty)
     return rows + [row(r["method"], r) for r in here if r["kind"] == "classical"]
 
 
@@ -411,23 +411,27 @@ def verdict(pair: Comparison) -> str:
     return "replicated" if pair.difference * pair.paper > 0 else "the opposite"
 
 
-def claims(name: str, edition: str, records: list[dict], others: Sequence[dict] = ()) -> list[dict]:
+def claims(
+    name: str, edition: str, records: list[dict], others: Sequence[dict] = (), only: str | None = None
+) -> list[dict]:
     """Rows: every order of two methods that the paper draws conclusions from in one of its tables, run or
-    not: its difference, ours, and the verdict. others: records to look in where the two are not in records;
-    both are taken from one profile."""
+    not: its difference, ours, and the verdict. others: see together; only: of one task."""
     rows, paper, about = [], paper_table(name, edition), PAPER_TABLES[name, edition]
-    for task in dict.fromkeys(key[0] for key in paper):
+    for task in [only] if only else dict.fromkeys(key[0] for key in paper):
         for first, second in about.pairs:
             if {(task, first), (task, second)} <= set(paper):
-                pair, profile = pair_of(records, others, name, edition, task, first, second)
+                found = together(records, others, name, edition, task, first, second)
+                pair = compare(found, name, edition, task, first, second)
+                told = all_told(found, first, second) if about.evaluation == "ood_measurements" else None
                 rows.append(
                     {
                         "Task": _task_cell(task, about.evaluation),
                         "Claim": f"{METHODS[first].short} over {METHODS[second].short}",
                         "Paper, dB": signed(paper[task, first] - paper[task, second]),
-                        "Ours, dB": f"{signed(pair.difference)} ± {pair.half_width:.2f}" if pair else "–",
+                        "Ours, dB": (f"{signed(pair.difference)} ± {pair.half_width:.2f}" if pair else "–")
+                        + (f" (all folds told: {signed(told)})" if told is not None else ""),
                         "Verdict": verdict(pair) if pair else "not run",
-                        "Profile": profile,
+                        "Profile": profile_of(found),
                         "Seeds": " and ".join(map(str, pair.num_seeds)) if pair else "–",
                         "Page": Link("page", page_of(name, edition, task)),
                     }
@@ -435,19 +439,35 @@ def claims(name: str, edition: str, records: list[dict], others: Sequence[dict] 
     return rows
 
 
-def pair_of(records, others, name, edition, task, first, second):
-    """compare() of two methods, and the profile that they are of: that of the records, or one of the others
-    that has both."""
-    groups = [[r for r in records if r["task"] == task]]
+def together(records, others, name, edition, task, first="glow", second="unet") -> list[dict]:
+    """The records of a task in which to compare two methods: these or, where they lack one of the two, those
+    of one of the others' profiles that has both, seeds merged; [] where none has."""
+    groups, others = [records], merged(others)
     for profile in dict.fromkeys(r["experiment"]["profile"] for r in others):
-        groups.append([r for r in others if r["experiment"]["profile"] == profile])
+        groups.append(
+            [r for r in others if r["experiment"]["profile"] == profile or r["kind"] == "classical"]
+        )
     for group in groups:
-        found = [r for r in group if r["experiment"]["edition"] == edition]
-        pair = compare(found, name, edition, task, first, second)
-        if pair:
-            solvers = (r for r in found if r["kind"] != "classical")
-            return pair, next(r["experiment"]["profile"] for r in solvers)
-    return None, "–"
+        found = [r for r in group if r["task"] == task and r["experiment"]["edition"] == edition]
+        if compare(found, name, edition, task, first, second):
+            return found
+    return []
+
+
+def profile_of(records: list[dict]) -> str:
+    """Of the solvers among records of one task."""
+    return next((r["experiment"]["profile"] for r in records if r["kind"] != "classical"), "–")
+
+
+def all_told(records: list[dict], first: str, second: str) -> float | None:
+    """Inpainting of a smaller hole in the other reading, in which all folds are told of it: by how many dB
+    one method is above another (see part)."""
+    means = {
+        r["method"]: r["ood_measurements"]["psnr"]["mean"]
+        for r in merged(records)
+        if r["kind"] == "solver" and r["task"] == "inpainting"
+    }
+    return means[first] - means[second] if {first, second} <= set(means) else None
 
 
 def _task_cell(task, evaluation):
@@ -489,13 +509,18 @@ def page_of(name: str, edition: str, task: str) -> str:
 
 
 def record_of(record: dict, of_build: bool = False) -> Link:
-    """Where the book holds the record of a run, recorded or of this build; as text, the hash of its
-    settings."""
+    """Where the book holds the record of a run, recorded or of this build; as text, its profile and the hash
+    of its settings, which two profiles may share."""
     names = record["experiment"]
     place = ["this-build" if of_build else f"{names['profile']}-{names['dataset']}-s{names['seed']}"]
     place += [names["edition"]] if record["kind"] != "flow" else []
-    text = record.get("settings_hash") or "record"
+    text = f"{names['profile']} {record.get('settings_hash', record['name'])}"
     return Link(text, "../records/" + "/".join([*place, f"{record['name']}.json"]))
+
+
+def benchmark(name: str) -> Link:
+    """Where the book holds the record of a benchmark."""
+    return Link(f"{name}.json", f"../records/benchmarks/{name}.json")
 
 
 def anchor(link: Link) -> str:
@@ -508,8 +533,8 @@ def linked(rows: list[dict]) -> list[dict]:
     return [{k: anchor(v) if isinstance(v, Link) else v for k, v in row.items()} for row in rows]
 
 
-def every_number(records: list[dict]) -> list[dict]:
-    """Rows: every number of the paper's tables, of both editions, beside ours."""
+def every_number(records: list[dict], others: Sequence[dict] = ()) -> list[dict]:
+    """Rows: every number of the paper's tables, of both editions, beside ours. others: see table."""
     rows = []
     for (name, edition), about in PAPER_TABLES.items():
         of_edition = [r for r in records if r["experiment"]["edition"] == edition]
@@ -519,6 +544,7 @@ def every_number(records: list[dict]) -> list[dict]:
             found = part(record, about.evaluation)["psnr"] if record and record["kind"] == "solver" else None
             finite = found and found["mean"] is not None
             away = found["mean"] - value if finite else None
+            elsewhere = {} if record else _elsewhere(others, edition, about.evaluation, task, method)
             rows.append(
                 {
                     "Table": f"{edition} {name}",
@@ -533,6 +559,7 @@ def every_number(records: list[dict]) -> list[dict]:
                     "Record": record_of(record) if record else "–",
                     "Page": Link("page", page_of(name, edition, task)),
                 }
+                | elsewhere
             )
     return rows
 
@@ -561,15 +588,15 @@ def overview(edition: str, records: list[dict], others: Sequence[dict] = ()) -> 
         for first, second in about.pairs if of == edition else ():
             cells = {}
             for task in tasks:
-                pair, profile = pair_of(records, others, name, edition, task, first, second)
+                found = together(records, others, name, edition, task, first, second)
+                pair, profile = compare(found, name, edition, task, first, second), profile_of(found)
                 cells[TASKS[task].label] = "–"
                 if pair and pair.paper is not None:
                     mark = MARKS.get(verdict(pair), "?")
                     numbers = f"{signed(pair.difference)} ± {pair.half_width:.2f} ({signed(pair.paper)})"
                     notes = [repeats(task, about.evaluation).replace("table ", "")]
-                    notes += ["last fold told"] * (
-                        about.evaluation == "ood_measurements" and task == "inpainting"
-                    )
+                    if about.evaluation == "ood_measurements" and task == "inpainting":
+                        notes += [f"last fold told; all told: {signed(all_told(found, first, second))}"]
                     of_task = (r for r in records if r["task"] == task and r["kind"] != "classical")
                     same = any(r["experiment"]["profile"] == profile for r in of_task)
                     notes += [] if same else [profile]
@@ -600,7 +627,8 @@ def tabulate(experiment):
     write_csv(tables / "table1.csv", linked(table("I", edition, here, of_build=True)))
     for of in ("v2", "v1"):
         write_csv(tables / f"recorded_{of}.csv", linked(table("I", of, comparison(kept, of), others=kept)))
-    write_csv(tables / "numbers.csv", every_number([r for e in ("v2", "v1") for r in comparison(kept, e)]))
+    compared = [r for e in ("v2", "v1") for r in comparison(kept, e)]
+    write_csv(tables / "numbers.csv", every_number(compared, others=kept))
     write_csv(tables / "learning_rates.csv", learning_rates())
     write_csv(tables / "provenance.csv", linked(provenance_rows(here, kept)))
     shutil.rmtree(experiment.build / "records", ignore_errors=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import data
-from companion import paths, records, runs, settings, tables
+from companion import figures, paths, records, runs, settings, tables
 from companion.__main__ import main
 from companion.experiment import Experiment
 from companion.training import model_path
@@ -331,9 +331,46 @@ def test_what_a_profile_lacks_is_looked_for_in_others():
     row = rows["U-Net prox (pre-trained denoiser)"]
     assert row["Ours, dB"] == "not run" and row["Remark"].startswith("profile short: 30.00")
     assert row["Record"] == tables.record_of(short[1])
+    (row,) = [r for r in tables.every_number(cpu, short) if r["Remark"].startswith("profile short: 30.00")]
+    assert row["Ours, dB"] == "not run" and row["Record"] == tables.record_of(short[1])
     classical = solver_record("tv", 25, profile="short", task="inpainting") | {"kind": "classical"}
     cells = [r["inpainting, W = 19"] for r in tables.overview("v2", [*cpu, classical], cpu + short)]
     assert [cell.endswith(", short") for cell in cells[:3]] == [False, False, True]
+
+
+def test_pages_answer_as_the_tables_do():
+    """From the profile compared where it has both methods, else from another one, which is named."""
+    first = dict(profile="cpu", dataset="celeba", edition="v1", seed=0)
+    cpu = [solver_record(m, 32) | {"experiment": first} for m in ("glow", "unet", "resnet")]
+    short = [
+        solver_record(m, value) | {"experiment": first | {"profile": "short"}}
+        for m, value in (("glow", 30), ("glow-scratch", 31))
+    ]
+    scratch = solver_record("glow-scratch", 30) | {"experiment": first}
+    for found, profile, told in (
+        (cpu + short, "short", "1.00 ± 0.00 dB below GLOW, scratch (**the opposite**)"),
+        ([*cpu, scratch, *short], "cpu", "2.00 ± 0.00 dB above GLOW, scratch (**replicated**)"),
+    ):
+        kept = records.comparison(found, "v1")
+        (row,) = [r for r in tables.claims("III", "v1", kept, found) if "σₙ = 0.2" in r["Task"]]
+        text = figures.in_short("III", "v1", "denoising", kept, found)
+        assert row["Profile"] == profile and f"profile `{profile}`" in text and told in text
+    assert "no answer yet" in figures.in_short("III", "v1", "denoising", cpu)
+
+
+def test_both_readings_of_the_smaller_hole_are_told():
+    found = []
+    for method, last, everywhere in (("glow", 34, 27), ("unet", 30, 31), ("resnet", 32, 33)):
+        record = solver_record(method, 32, task="inpainting")
+        for key, value in (("ood_measurements_last_fold", last), ("ood_measurements", everywhere)):
+            record[key] = {"psnr": records.statistics([value, value])}
+        found.append(record)
+    rows = [r for r in tables.claims("III", "v2", found) if r["Verdict"] != "not run"]
+    assert [r["Ours, dB"] for r in rows] == [
+        "+4.00 ± 0.00 (all folds told: −4.00)",
+        "+2.00 ± 0.00 (all folds told: −6.00)",
+    ]
+    assert "with all folds told the flow is last (GLOW 27.00 dB" in figures.all_told_sentence(found)
 
 
 def test_a_training_that_fell_apart_is_told_of():
