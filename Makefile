@@ -7,15 +7,15 @@ RETRAIN ?= 0
 PYTHON  ?= .venv/bin/python
 
 SMOKE = build/smoke
-export RETRAIN
+export RETRAIN PROFILE DATASET EDITION SEED BUILD  # so that the shell takes them as they are
 export PYTHONPATH := $(CURDIR)
 
 .PHONY: book test test-long verify lab clean environment
 
 book: environment
-	$(PYTHON) -m companion book --profile "$(PROFILE)" --dataset "$(DATASET)" --edition "$(EDITION)" \
-	    --seed "$(SEED)" --build "$(BUILD)"
-	@echo "The book is at $(BUILD)/html/index.html"
+	$(PYTHON) -m companion book --profile "$$PROFILE" --dataset "$$DATASET" --edition "$$EDITION" \
+	    --seed "$$SEED" --build "$$BUILD"
+	@echo "The book is at $$BUILD/html/index.html"
 
 test: environment
 	$(PYTHON) -m ruff check .
@@ -33,7 +33,7 @@ test-long: environment
 	$(PYTHON) -m pytest -m long
 
 verify: environment
-	$(PYTHON) -m companion verify --build "$(BUILD)"
+	$(PYTHON) -m companion verify --build "$$BUILD"
 
 lab: environment
 	$(PYTHON) -m jupyterlab notebooks

@@ -2,6 +2,7 @@
 # `make book` calls this file. One more way: snakemake --cores all --config profile=cpu dataset=celeba
 # On a cluster, trainings are the notebooks' jobs: snakemake --profile profiles/slurm --config profile=paper dataset=celeba
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -25,6 +26,9 @@ EDITION, SEED, BUILD = given("edition", "v2"), given("seed", 0), given("build", 
 RETRAIN = given("retrain", 0)
 LARGE = ("gpu", "gpu-longer", "paper")  # profiles whose networks want a GPU
 os.environ["RETRAIN"] = RETRAIN
+# Commands hold it as it is, some after `rm -rf`.
+if not re.fullmatch(r"[\w./+-]+", BUILD) or BUILD.startswith("-"):
+    raise ValueError(f"BUILD={BUILD!r}: give a path of letters, digits and ./_+- only, without spaces")
 
 EXPERIMENT = Experiment(PROFILE, DATASET, EDITION, SEED, BUILD)
 PAGES = pages(EXPERIMENT)
@@ -70,7 +74,7 @@ rule prepare:
         f"{BUILD}/data/{{dataset}}/images.npy",
         f"{BUILD}/data/{{dataset}}/manifest.json",
     shell:
-        f"{PYTHON} -m companion prepare {{wildcards.dataset:q}} --build {shlex.quote(BUILD)}"
+        f"{PYTHON} -m companion prepare {{wildcards.dataset:q}} --build {BUILD}"
 
 
 IMAGES = [f"{BUILD}/data/{name}/manifest.json" for name in (DATASET, OOD) if name]

@@ -1,12 +1,17 @@
 """One profile, data set, edition and seed: its runs, its images, and where its files lie."""
 
+import inspect
 import os
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import data
+from companion.parameters import check_parameters
 from companion.paths import RESULTS, build_folder
 from companion.settings import EDITIONS, METHODS, OOD_IMAGES, OVERRIDES, PROFILES, TASKS, Method, Run, choose
+from flowlib import Glow, ResNetProx, UNetProx
 from flowlib.images import split_indices
 from flowlib.training import Training
 
@@ -15,9 +20,11 @@ class Experiment:
     """What is run with one choice of profile, data set, edition and seed.
 
     overrides: num_folds, flow, unet, resnet (configurations), and num_steps, lr, batch_size of the trainings
-    of solvers; None stands for the profile's. Raises ValueError for an unknown name."""
+    of solvers; None stands for the profile's. Raises ValueError for an unknown name or a value out of range,
+    and in a notebook for a parameter that it does not have."""
 
     def __init__(self, profile="demo", dataset="synthetic", edition="v2", seed=0, build="build", **overrides):
+        check_parameters()
         self.profile = choose(PROFILES, profile, "profile")
         self.edition = choose(EDITIONS, edition, "edition")
         for name in overrides:
@@ -28,11 +35,32 @@ class Experiment:
         self.key = f"{profile}-{dataset}-s{seed}"  # of folders of runs
         sizes = {k: getattr(self.edition, k) for k in ("train", "val", "test", "held_out")}
         self.split_sizes = sizes | self.profile.images
+        self._check_overrides()
+
+    def _check_overrides(self):
+        """ValueError for a value that would only fail once something was trained, or be taken for another."""
+        num_folds = self.overrides.get("num_folds", 1)
+        if not isinstance(num_folds, int) or num_folds < 1:
+            raise ValueError(f"num_folds must be a whole number of at least 1, not {num_folds!r}")
+        self._training("unet", "unet")
+        for name, network in {"flow": Glow, "unet": UNetProx, "resnet": ResNetProx}.items():
+            if name not in self.overrides:
+                continue
+            config = self.overrides[name]
+            if not isinstance(config, dict):
+                raise ValueError(f"{name} must be a mapping of its settings, not {config!r} (papermill: -y)")
+            for key in config:
+                choose(inspect.signature(network).parameters, key, f"setting of {name}")
+            try:
+                with torch.device("meta"):  # takes neither time nor memory
+                    network(**config)
+            except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"{name}={config!r} describes no network: {error}") from error
 
     # Runs
 
     def _config(self, network: str) -> dict:
-        return self.overrides.get(network) or getattr(self.profile, network)
+        return self.overrides.get(network, getattr(self.profile, network))
 
     def _training(self, method: str, network: str) -> Training:
         """Of a solver: the profile's settings with the overrides."""
@@ -87,7 +115,7 @@ class Experiment:
             method=method,
             frozen=chosen.frozen,
             edition=self.names["edition"],
-            num_folds=self.overrides.get("num_folds") or self.edition.num_folds,
+            num_folds=self.overrides.get("num_folds", self.edition.num_folds),
         )
 
     def methods(self, task: str) -> list[str]:

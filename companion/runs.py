@@ -4,6 +4,7 @@ kept with the code and fits is restored, and what is missing is trained."""
 import fcntl
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ def ensure(experiment: Experiment, run: Run) -> dict:
         ensure(experiment, run.start)
     with _locked(experiment.directory(run) / "lock"):
         record = _finished(experiment, run)
+        if record and record["kind"] != "failed" and not model_path(experiment, run).exists():
+            record = None  # somebody deleted the model: it is restored, or trained again
         if os.environ.get("RETRAIN") == "1":
             record = None if record and record.get("kept") else record
         else:
@@ -75,7 +78,11 @@ def _locked(path) -> Iterator[None]:
     """Waits for its turn; the kernel frees the lock of a process that was killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process is making {path.parent.name}: waiting for it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -172,16 +172,15 @@ def prepare_into(source, folder, name=None, crop="square", num_images=None):
 def load(out):
     """Open a packed set. FileNotFoundError if there is none, ValueError if it is damaged or foreign."""
     images_path, manifest_path = Path(out) / IMAGES, Path(out) / MANIFEST
-    again = "prepare it again with: python -m companion prepare"
+    again = f"prepare it again with: {_command(Path(out))}"
     for path in (manifest_path, images_path):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; {again} NAME")
+            raise FileNotFoundError(f"{path} does not exist; {again}")
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         name, num_images, size = str(manifest["name"]), manifest["num_images"], manifest["size"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{manifest_path} is not a manifest of flowlib ({error!r}); {again} NAME") from error
-    again += f" {shlex.quote(name)}"
+        raise ValueError(f"{manifest_path} is not a manifest of flowlib ({error!r}); {again}") from error
     try:
         images = np.load(images_path, mmap_mode="r")
     except Exception as error:  # damaged headers raise anything
@@ -197,6 +196,15 @@ def load(out):
     return ImageSet(name, images, manifest)
 
 
+def _command(out):
+    """The one that prepares out, the folder of a packed set, which in a build is data/NAME."""
+    if out.parent.name != "data":
+        return f"data.prepare(PATH_TO_YOUR_IMAGES, {str(out)!r})"
+    name = shlex.quote(out.name)
+    source = name if out.name in NAMED else f"PATH_TO_YOUR_IMAGES --name {name}"
+    return f"python -m companion prepare {source} --build {shlex.quote(str(out.parent.parent))}"
+
+
 @functools.cache
 def _pixels_sha256(images_path, *written):
     """Of the pixels of a packed set. Read once a command, unless the file is written again."""
@@ -210,7 +218,8 @@ def _open_source(source):
         yield _image_names(_files(source), source), lambda name: _read_file(source / name)
         return
     if not source.is_file() or not zipfile.is_zipfile(source):
-        raise ValueError(f"{source} is neither a folder nor a zip file (a broken download?): fetch it again")
+        what = f"{source} is neither a folder nor a zip file"
+        raise ValueError(f"{what}: give a folder or a .zip of images; a broken download, fetch again")
     with zipfile.ZipFile(source) as archive:
         members = {}
         for member in archive.infolist():
@@ -295,8 +304,8 @@ def decode(data, where, crop="square", size=64):
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             file = Image.open(io.BytesIO(data))
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode[0] in "IF":  # grey of more than 8 bits, which convert() would clip to 255
+                image = Image.fromarray(_eight_bits(np.asarray(image)))
             elif "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 # In 32-bit BMPs the fourth byte may be unused, and is 0 then.
@@ -310,6 +319,17 @@ def decode(data, where, crop="square", size=64):
         raise ValueError(f"{where} is not a readable image (unknown format): replace or remove it") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
         raise ValueError(f"{where} is not a readable image ({error}): replace or remove it") from error
+
+
+def _eight_bits(grey):
+    """uint8 of floats from 0 to 1, or of 16-bit grey. ValueError for others, such as 12 bits in 16, which
+    would turn out black."""
+    low, high = grey.min(), grey.max()
+    if grey.dtype.kind == "f" and 0 <= low <= high <= 1:
+        return (grey * 255).round().astype(np.uint8)
+    if grey.dtype.kind != "f" and 0 <= low and 4096 <= high < 65536:
+        return (grey >> 8).astype(np.uint8)
+    raise ValueError(f"its grey goes from {low} to {high}: scale it, integers to 65535 or floats to 1")
 
 
 def _crop_box(width, height, crop):

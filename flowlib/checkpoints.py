@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib
 import json
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,10 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from flowlib.files import write_atomically
+from flowlib.files import as_json, write_atomically
 from flowlib.glow import Glow
 from flowlib.prox import PROXES
 from flowlib.solver import UnfoldedPGD
+
+_COUNTING = threading.RLock()  # the hook that counts is the whole process's
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -28,7 +31,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str,
         value = value.detach().cpu().contiguous()
         found[key] = value.clone() if value.data_ptr() in seen else value  # safetensors has no shared memory
         seen.add(value.data_ptr())
-    text = json.dumps(header)
+    text = json.dumps(as_json(header))
     about = {"flowlib": text, "sha256": _digest(text, found)}
     write_atomically(path, lambda p: save_file(found, p, metadata=about))
 
@@ -50,7 +53,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as f:
             about, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except Exception as error:  # the library raises more than its own kind
-        raise ValueError(f"{path} is no safetensors file, or is truncated ({error})") from error
+        what = f"{path} is no safetensors file, or is truncated ({error})"
+        raise ValueError(f"{what}: delete it, then make or fetch it again") from error
     text = about.get("flowlib")
     if text is None:
         raise ValueError(f"{path} was not written by flowlib (its header has no 'flowlib' entry)")
@@ -86,7 +90,8 @@ def save_checkpoint(
         header = {"kind": "UnfoldedPGD", "folds": folds, "literal_last_fold": model.literal_last_fold}
         header["image_shape"] = list(model.x0.shape[1:])
     else:
-        raise TypeError(f"can save a Glow or an UnfoldedPGD, not a {type(model).__name__}")
+        inside = "of a wrapper give model.module (parallel) or model._orig_mod (compiled)"
+        raise TypeError(f"can save a Glow or an UnfoldedPGD, not a {type(model).__name__}: {inside}")
     converted = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
     save_tensors(path, converted, header | {"info": info})
 
@@ -145,21 +150,23 @@ def build_to_fit(build: Callable[[], nn.Module], tensors: dict[str, Tensor], pat
     """build() with these weights, in evaluation mode, in float64 where they are. ValueError, before memory is
     taken for what a file only claims, where it cannot be built or they do not fit."""
     left = 2 * sum(value.numel() for value in tensors.values())  # so that a missing tensor is named, below
+    here = threading.get_ident()
 
     def count(module, name, parameter):
         nonlocal left
-        left -= parameter.numel()
+        left -= parameter.numel() if threading.get_ident() == here else 0
         if left < 0:
             raise ValueError("many more weights than it holds")
 
-    counting = register_module_parameter_registration_hook(count)
-    try:
-        with torch.device("meta"):
-            draft = build()
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} describes no model that can be built: {error!r}") from error
-    finally:
-        counting.remove()
+    with _COUNTING:
+        counting = register_module_parameter_registration_hook(count)
+        try:
+            with torch.device("meta"):
+                draft = build()
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} describes no model that can be built: {error!r}") from error
+        finally:
+            counting.remove()
     check_state(draft, tensors, path)
     model = build()
     if any(v.dtype == torch.float64 for v in tensors.values()):

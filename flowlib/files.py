@@ -1,9 +1,17 @@
-"""Files that are whole or absent: each is written to a temporary name, then renamed."""
+"""Files that are whole or absent: each is written to a temporary name, then renamed; and JSON."""
 
 import glob
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+
+def as_json(value: Any) -> Any:
+    """As JSON has it: NumPy's and PyTorch's numbers as Python's, tuples as lists. TypeError for others."""
+    other = json.JSONEncoder().default
+    return json.loads(json.dumps(value, default=lambda v: v.tolist() if hasattr(v, "tolist") else other(v)))
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:

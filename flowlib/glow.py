@@ -2,13 +2,13 @@
 
 import copy
 import functools
-import json
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor, nn
 
+from flowlib.files import as_json
 from flowlib.images import Size, floating, height_and_width
 from flowlib.layers import FlowStep, Folded, LogDet, Mapped, Split, Squeeze, fold, sum_dtype
 from flowlib.reversible import run_chain
@@ -61,8 +61,7 @@ class Glow(nn.Module):
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
-        # As JSON has it: NumPy's numbers as Python's, tuples as lists.
-        self.config = json.loads(json.dumps(arguments, default=lambda value: value.tolist()))
+        self.config = as_json(arguments)
         channels, num_levels, num_steps, _, last_level_steps, *_ = self.config.values()
         if not 1 <= num_levels <= 16:
             raise ValueError(f"num_levels is {num_levels}: each halves the image, choose from 1 to 16")

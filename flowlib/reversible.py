@@ -16,6 +16,7 @@ Back through the inverse of a step, h = W x + b and then y_a = s h_a + t, these 
     y_a' = h_a' / s,  (log s)' = -h_a' h_a - l',  t' = -y_a',  y_b' = h_b' + Jᵀ ((log s)', t')"""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class _ReversibleChain(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("'reversible' has no second derivatives: use set_memory(model, 'checkpoint')")
         output, *parameters = ctx.saved_tensors
+        _check_same(parameters, ctx.steps, "reversible")
         gradients, signed = {}, -grad_log_det if ctx.inverse else grad_log_det
         parts = [_back_through_linear, _back_through_coupling]
         with torch.autocast(output.device.type, enabled=False):
@@ -61,17 +63,32 @@ def run_chain(
     log_det: bool = True,
 ) -> Mapped:
     """(y, log_det or None) of the steps on x (B, C, H, W), or of their inverses in reverse. folded: what fold
-    made of them, for the memory mode "plain"; the others: see set_memory. The backward pass of "reversible"
-    raises RuntimeError where second derivatives are asked for."""
+    made of them, for the memory mode "plain"; the others: see set_memory. Their backward pass raises
+    RuntimeError after functional_call, that of "reversible" also for second derivatives."""
     steps, total = list(steps), x.new_zeros(len(x)) if log_det else None
     if memory == "reversible" and torch.is_grad_enabled():
         return _ReversibleChain.apply(x, steps, inverse, *[p for step in steps for p in step.parameters()])
     for i in reversed(range(len(steps))) if inverse else range(len(steps)):
         run, inputs = steps[i].inverse if inverse else steps[i], (x, folded and folded[i], log_det)
-        keep_input = memory == "checkpoint" and torch.is_grad_enabled()
-        x, step_log_det = checkpoint(run, *inputs, use_reentrant=False) if keep_input else run(*inputs)
+        if memory == "checkpoint" and torch.is_grad_enabled():
+            run = partial(checkpoint, _again, run, steps[i], list(steps[i].parameters()), use_reentrant=False)
+        x, step_log_det = run(*inputs)
         total = total + step_log_det if log_det else None
     return x, total
+
+
+def _again(run, step, parameters, *inputs):
+    """run(*inputs), in the backward pass too."""
+    _check_same(parameters, [step], "checkpoint")
+    return run(*inputs)
+
+
+def _check_same(parameters, steps, memory):
+    """RuntimeError where the steps have other parameters than when they ran, which is what functional_call
+    leaves: gradients would be of the wrong weights."""
+    present = [p for step in steps for p in step.parameters()]
+    if any(then is not now for then, now in zip(parameters, present)):
+        raise RuntimeError(f"{memory!r} knows no functional_call: use set_memory(model, 'plain')")
 
 
 def _back_through_linear(step, folded, inverse, output, grad, grad_log_det, gradients):

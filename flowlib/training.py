@@ -5,10 +5,14 @@ and resumed from its last checkpoint ends with the same weights, to the bit, as 
 
 import copy
 import math
+import signal
+import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flowlib.checkpoints import load_state, load_tensors, part_of, save_tensors
-from flowlib.files import write_atomically
+from flowlib.files import as_json, write_atomically
 from flowlib.glow import set_compute_dtype
 
 
@@ -43,6 +47,16 @@ class Training:
     max_restarts: int = 3
     bf16: bool = True
     checkpoint_minutes: float = 5
+
+    def __post_init__(self) -> None:
+        """ValueError that names the first setting that is of another type or too small."""
+        lowest = dict(num_steps=1, batch_size=1, validate_every=1, val_images=1, shrinkage=-1)
+        for field in fields(self):
+            value, least = getattr(self, field.name), lowest.get(field.name, 0)
+            if not isinstance(value, Real if field.type is float else Integral) or not value >= least:
+                kind = field.type.__name__
+                raise ValueError(f"{field.name} must be of type {kind} and at least {least}, not {value!r}")
+            object.__setattr__(self, field.name, field.type(value))  # JSON knows none of NumPy's numbers
 
 
 class Diverged(FloatingPointError):
@@ -113,8 +127,8 @@ def fit(
 
     groups: optimizer parameter groups with their own lr. make_batch(indices, step) draws a batch, a tuple of
     tensors, of which loss, given them, makes a scalar; on a GPU a step is captured as a graph, so loss must
-    neither draw nor wait. Writes directory/log.csv and, every settings.checkpoint_minutes and at the end,
-    resume.safetensors, from which training goes on. identity: what else the run depends on, such as the
+    neither draw nor wait. Writes directory/log.csv and, every settings.checkpoint_minutes, at Ctrl-C and at
+    the end, resume.safetensors, from which training goes on. identity: what else the run depends on, such as the
     images' hash. A run whose loss or gradient is not finite, or whose validation loss is more than three
     times its best, goes on from its best weights at half the rate. Raises ValueError for fewer images than a
     batch, or a resume file of another run; Diverged after settings.max_restarts restarts, with what explain
@@ -123,29 +137,51 @@ def fit(
 
     if num_images < settings.batch_size:
         raise ValueError(f"{num_images} training images are fewer than one batch of {settings.batch_size}")
-    identity = {"training": asdict(settings), "seed": seed, "num_images": num_images} | (identity or {})
-    run = _Run(model, groups, loss, settings, identity, directory)
+    options = [group | {"params": len(group["params"])} for group in groups]
+    own = asdict(settings) | {"groups": options, "seed": seed, "num_images": num_images} | (identity or {})
+    del own["checkpoint_minutes"]  # changes no weight
+    run = _Run(model, groups, loss, settings, as_json(own), directory)
     run.resume()
     state = run.state
     set_compute_dtype(model, torch.bfloat16 if settings.bf16 else None)
-    with tqdm(total=settings.num_steps, initial=state["step"], desc=directory.name, mininterval=2) as bar:
-        while not run.finished():
-            indices = batch_indices(state["step"], settings.batch_size, num_images, seed)
-            value = run.step(make_batch(indices, state["step"]), explain)
-            if state["step"] % settings.validate_every == 0 or state["step"] == settings.num_steps:
-                steps = range(state["step"], state["step"] + 16)
-                chosen = ((batch_indices(i, settings.batch_size, num_images, seed), i) for i in steps)
-                recalibrate(model, loss, (make_batch(*choice) for choice in chosen))
-                value = run.validate(validation_loss, value)
-                bar.set_postfix(val_loss=f"{value:.5f}")
-            bar.update()
-            if time.monotonic() - run.last_saved >= 60 * settings.checkpoint_minutes:
-                run.save()
-    run.save()  # whoever is killed before the model is used need not train again
-    model.load_state_dict(run.best)
-    model.eval()
-    set_compute_dtype(model, None)
-    return run.summary()
+    bar = tqdm(total=settings.num_steps, initial=state["step"], desc=directory.name, mininterval=2)
+
+    def batch(step):
+        return make_batch(batch_indices(step, settings.batch_size, num_images, seed), step)
+
+    try:
+        with bar, _interrupts() as interrupted:
+            while not run.finished() and not interrupted:
+                value = run.step(batch(state["step"]), explain)
+                if state["step"] % settings.validate_every == 0 or state["step"] == settings.num_steps:
+                    recalibrate(model, loss, map(batch, range(state["step"], state["step"] + 16)))
+                    value = run.validate(validation_loss, value)
+                    bar.set_postfix(val_loss=f"{value:.5f}")
+                bar.update()
+                if time.monotonic() - run.last_saved >= 60 * settings.checkpoint_minutes:
+                    run.save()
+            run.save()  # whoever is killed before the model is used need not train again
+        if interrupted:
+            raise KeyboardInterrupt(f"saved at step {state['step']}: the same call goes on from there")
+        model.load_state_dict(run.best)
+        return run.summary()
+    finally:
+        model.eval()
+        set_compute_dtype(model, None)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list]:
+    """A list that Ctrl-C fills, so that a step ends before it is obeyed; a second one is obeyed at once."""
+    asked, usual = [], signal.default_int_handler
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is usual
+    if ours:
+        signal.signal(signal.SIGINT, lambda *_: asked.append(signal.signal(signal.SIGINT, usual)))
+    try:
+        yield asked
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, usual)
 
 
 class _Run:
@@ -232,7 +268,7 @@ class _Run:
         state, settings = self.state, self.settings
         self.model.eval()
         with torch.no_grad():
-            value = validation_loss()
+            value = float(validation_loss())
         if value < state["best_loss"]:
             state |= dict(best_loss=value, best_step=state["step"])
             self.best = copy.deepcopy(self.model.state_dict())
@@ -288,10 +324,14 @@ class _Run:
         if not self.path.exists():
             return
         tensors, header = load_tensors(self.path)
-        if header.get("identity") != self.identity and header.get("finished"):
+        saved = header.get("identity") or {}
+        other = [key for key in self.identity | saved if saved.get(key) != self.identity.get(key)]
+        if other and header.get("finished"):
             return
-        if header.get("identity") != self.identity:
-            raise ValueError(f"{self.path} belongs to a run with other settings or images: delete it")
+        if other:
+            what = ", ".join(f"{key} was {saved.get(key)}, is {self.identity.get(key)}" for key in other)
+            advice = "set it back, or choose another directory; or delete the file, to start anew"
+            raise ValueError(f"{self.path} is of a run with other settings or images ({what}): {advice}")
         self.state |= header["state"]
         load_state(self.model, part_of(tensors, "model."), self.path)
         self.best = {k: v.to(self.best[k].device) for k, v in part_of(tensors, "best.").items()}

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from flowlib import Glow, GlowProx, ResNetProx, UNetProx, UnfoldedPGD, load_checkpoint, save_checkpoint
-from flowlib.checkpoints import save_tensors
+from flowlib.checkpoints import load_tensors, save_tensors
 from flowlib.glowip import load_glowip
 from flowlib.operators import Inpainting
 from flowlib.training import Training, fit
@@ -49,6 +50,25 @@ def test_half_precision_halves_the_file(tmp_path):
     assert load_checkpoint(tmp_path / "half").levels[0][0].invconv.weight.dtype == torch.float32
 
 
+def test_several_threads_load_at_once(tmp_path):
+    save_checkpoint(tmp_path / "m", solver_of(*(GlowProx(Glow(**FLOW)) for _ in range(4))))
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(load_checkpoint, [tmp_path / "m"] * 16))
+    assert all(torch.equal(m.step_size, loaded[0].step_size) for m in loaded)
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    save_checkpoint(tmp_path / "m", solver_of(Scale(np.float32(0.5), np.int64(2))), psnr=np.float32(3))
+    assert load_checkpoint(tmp_path / "m").proxes[0].config == {"start": 0.5, "size": 2}
+    assert load_tensors(tmp_path / "m")[1]["info"] == {"psnr": 3.0}
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_the_model_inside_a_wrapper_is_asked_for(tmp_path, wrap):
+    with pytest.raises(TypeError, match=r"give model.module \(parallel\) or model._orig_mod"):
+        save_checkpoint(tmp_path / "m", wrap(Glow(**FLOW)))
+
+
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "m.safetensors"
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
@@ -56,7 +76,7 @@ def test_other_files_are_refused(tmp_path):
     save_checkpoint(path, Glow(**FLOW))
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(ValueError, match="truncated.*delete it"):
         load_checkpoint(path)
     path.write_text("hello")
     with pytest.raises(ValueError, match="no safetensors file"):

@@ -199,7 +199,7 @@ def test_decompression_bomb(tmp_path, monkeypatch):
 
 
 def packed(tmp_path):
-    return data.prepare_synthetic(tmp_path / "out", 4, size=16)
+    return data.prepare_synthetic(tmp_path / "data" / "synthetic", 4, size=16)
 
 
 def test_load_is_memory_mapped(tmp_path):
@@ -226,8 +226,13 @@ def test_truncated_or_foreign_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=r"manifest\.json is not a manifest.*prepare it again"):
             data.load(out)
     (out / "manifest.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"manifest\.json does not exist; prepare it again"):
-        data.load(out)
+    for folder, command in {
+        "data/synthetic": f"python -m companion prepare synthetic --build {tmp_path}$",
+        "my build/data/mine": "companion prepare PATH_TO_YOUR_IMAGES --name mine --build '.*my build'$",
+        "packed": r"data.prepare\(PATH_TO_YOUR_IMAGES, '.*/packed'\)",
+    }.items():
+        with pytest.raises(FileNotFoundError, match="manifest.json does not exist; .* with: .*" + command):
+            data.load(tmp_path / folder)
 
 
 # Named sets
@@ -430,6 +435,33 @@ def test_images_do_not_turn_white(tmp_path):
     assert (data.decode((tmp_path / "b.bmp").read_bytes(), "b", size=8) == 90).all()
 
 
+@pytest.mark.parametrize(
+    "dtype, low, high, expected",
+    [
+        (np.uint16, 0, 65535, (0, 255)),
+        (np.int32, 0, 65535, (0, 255)),
+        (np.float32, 0, 1, (0, 255)),
+        (np.float32, 0, 0.5, (0, 128)),
+        (np.uint16, 0, 4095, "from 0 to 4095: scale it"),
+        (np.int32, 0, 255, "from 0 to 255: scale it"),
+        (np.int32, -1, 9000, "from -1 to 9000: scale it"),
+        (np.float32, 0, 255, "from 0.0 to 255.0: scale it"),
+        (np.float32, -0.5, 0.5, "from -0.5 to 0.5: scale it"),
+    ],
+)
+def test_grey_of_more_than_8_bits_keeps_its_range_or_is_refused(dtype, low, high, expected):
+    grey = np.full((8, 8), low, dtype)
+    grey[:, 4:] = high
+    file = io.BytesIO()
+    Image.fromarray(grey).save(file, "tiff")
+    if isinstance(expected, tuple):
+        decoded = data.decode(file.getvalue(), "a.tif", size=8)
+        assert (decoded[0, 0, 0], decoded[-1, -1, -1]) == expected
+    else:
+        with pytest.raises(ValueError, match=f"^a.tif is not a readable image .its grey goes {expected}"):
+            data.decode(file.getvalue(), "a.tif", size=8)
+
+
 def test_names_of_data_sets(tmp_path):
     for version in ("photos.v1", "photos.v2"):
         (tmp_path / version).mkdir()
@@ -442,8 +474,10 @@ def test_names_of_data_sets(tmp_path):
 
 def test_sources_that_cannot_be_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="neither a folder nor a zip"):
-        data.prepare(tmp_path / "pipe", tmp_path / "out")
+    (tmp_path / "photo.png").write_bytes(png())
+    for name in ("pipe", "photo.png"):
+        with pytest.raises(ValueError, match=f"{name} is neither .*: give a folder or a .zip of images"):
+            data.prepare(tmp_path / name, tmp_path / "out")
     bomb = tmp_path / "bomb.zip"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.png", "w") as member:
         for _ in range(257):

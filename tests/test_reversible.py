@@ -185,6 +185,34 @@ def test_weights_changed_before_the_backward_pass_are_noticed():
         loss.backward()
 
 
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("loss", [LOSSES["forward"], LOSSES["both"]])
+def test_functional_call_is_refused(mode, loss):
+    """Weights that are in the model only while it runs forward: plain backpropagation keeps them, others say
+    that they do not."""
+    glow, other = small_glow(), small_glow().requires_grad_(False)
+    with torch.no_grad():
+        weights = {k: v * 1.1 if v.is_floating_point() else v for k, v in other.state_dict().items()}
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64).requires_grad_()
+
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.glow = glow
+
+        def forward(self, x):
+            return loss(self.glow, x)
+
+    def gradient(mode):
+        set_memory(glow, mode)
+        called = torch.func.functional_call(Loss(), {f"glow.{k}": v for k, v in weights.items()}, (x,))
+        return torch.autograd.grad(called, x)[0]
+
+    assert torch.isfinite(gradient("plain")).all()
+    with pytest.raises(RuntimeError, match=f"'{mode}' knows no functional_call: use set_memory"):
+        gradient(mode)
+
+
 def test_unknown_mode_is_named():
     with pytest.raises(ValueError, match="choose one of plain, reversible, checkpoint"):
         set_memory(small_glow(), "fast")

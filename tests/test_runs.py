@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -51,6 +52,39 @@ def test_a_finished_run_is_found_again(smoke, monkeypatch):
     assert not (smoke.directory(run) / "resume.safetensors").exists()
     forbid_training(monkeypatch)
     assert runs.ensure(smoke, run) == record and runs.is_finished(smoke, run)
+
+
+def test_a_model_that_was_deleted_is_made_again(smoke, monkeypatch):
+    run = smoke.solver("denoising", "resnet")
+    record = runs.ensure(smoke, run)
+    path = model_path(smoke, run)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="model.safetensors .*truncated.*: delete it"):
+        runs.load(smoke, run)
+    path.unlink()
+    assert runs.ensure(smoke, run)["psnr"] == record["psnr"] and path.exists()
+    runs.publish(smoke, run, ship=True)
+    path.unlink()
+    forbid_training(monkeypatch)  # what is kept with the code is restored
+    assert runs.ensure(smoke, run)["kept"] and path.exists()
+
+
+def test_a_second_process_says_that_it_waits(tmp_path, capsys):
+    path, order = tmp_path / "inpainting-glow-0123456789" / "lock", []
+
+    def second():
+        with runs._locked(path):
+            order.append("second")
+
+    with runs._locked(path):
+        assert not capsys.readouterr().err
+        thread = threading.Thread(target=second)
+        thread.start()
+        while "waiting" not in (told := capsys.readouterr().err):
+            assert thread.is_alive()
+        order.append("first")
+    thread.join()
+    assert "another process is making inpainting-glow-0123456789" in told and order == ["first", "second"]
 
 
 def test_other_settings_are_another_run(smoke):

@@ -28,7 +28,7 @@ def project(tmp_path_factory):
     return folder
 
 
-def snakemake(project, *targets, dry=False, **config):
+def snakemake(project, *targets, dry=False, fails=False, **config):
     (project / "config.json").write_text(json.dumps({"profile": "smoke"} | config))
     options = ["--dry-run"] if dry else []
     command = [
@@ -44,7 +44,7 @@ def snakemake(project, *targets, dry=False, **config):
     ]
     environment = os.environ | {"PYTHONPATH": str(project)}
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -124,6 +124,23 @@ def test_the_slurm_profile_is_one_that_snakemake_reads(project):
 def test_names_that_look_like_numbers_stay_names(project, name):
     found = snakemake(project, dry=True, dataset=name)
     assert f"build/data/{name}/manifest.json" in found
+
+
+@pytest.mark.parametrize("build", ["my build", "$HOME", "-r"])
+def test_a_build_whose_name_a_shell_would_change_is_refused(project, build):
+    found = snakemake(project, dry=True, fails=True, build=build)
+    assert f"BUILD={build!r}: give a path of letters" in found and "rule prepare" not in found
+
+
+def test_make_hands_on_what_it_was_given(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n", encoding="utf-8")
+    python.chmod(0o755)
+    build, dataset = """my "build's"; exit 3;""", 'a "b"'
+    command = ["make", "-s", "book", "verify", f"PYTHON={python}", f"BUILD={build}", f"DATASET={dataset}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = done.stdout.splitlines()
+    assert found.count(build) == 2 and dataset in found and f"The book is at {build}/html" in done.stdout
 
 
 def test_every_edition_and_profile_has_a_plan(project):

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,9 +112,116 @@ def test_foreign_resume_files_are_refused(smoke):
     resume = smoke.directory(run) / "resume.safetensors"
     resume.parent.mkdir(parents=True)
     save_tensors(resume, {"x": torch.zeros(1)}, {"identity": {}, "finished": False})
-    with pytest.raises(ValueError, match="other settings or images: delete it"):
+    with pytest.raises(ValueError, match="other settings or images .*lr was None, is .*delete the file"):
         training.train(smoke, run)
     resume.unlink()
+
+
+def small_fit(directory, steps=12, at_step=lambda step: None, **changes):
+    """(weights, summary) of a fit of a linear layer; at_step is called before every step."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1)
+    x = torch.rand(8, 2, generator=generator_for(0, "x"))
+
+    def make_batch(indices, step):
+        at_step(step)
+        return (x[indices],)
+
+    def loss(x):
+        return model(x).square().mean()
+
+    settings = dict(num_steps=steps, batch_size=2, lr=0.1, validate_every=3) | changes.pop("settings", {})
+    groups = [{"params": list(model.parameters()), "lr": changes.pop("rate", 0.1)}]
+    arguments = dict(num_images=8, seed=0, identity=None, validation_loss=lambda: loss(x)) | changes
+    functions = (model, groups, make_batch, loss)
+    summary = fit(*functions, settings=Training(**settings), directory=directory, **arguments)
+    return model.state_dict(), summary
+
+
+@pytest.mark.parametrize("where", [4, 11])
+def test_what_ctrl_c_stops_goes_on_where_it_was(tmp_path, where):
+    whole, _ = small_fit(tmp_path / "whole")
+    models = []
+
+    def interrupt(step):
+        if step == where:
+            signal.raise_signal(signal.SIGINT)
+
+    class Seen(torch.nn.Linear):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            models.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn, "Linear", Seen)
+        with pytest.raises(KeyboardInterrupt, match=f"saved at step {where + 1}"):
+            small_fit(tmp_path / "stopped", at_step=interrupt)
+    assert not models[0].training and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    seen = []
+    resumed, _ = small_fit(tmp_path / "stopped", at_step=seen.append)
+    assert all(step > where for step in seen)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_what_fails_leaves_no_compute_dtype(tmp_path):
+    glow = Glow(num_levels=1, num_steps=1, hidden_channels=4)
+    groups = [{"params": list(glow.parameters()), "lr": 0.1}]
+    settings = Training(num_steps=2, batch_size=1, lr=0.1)
+    before = [getattr(module, "compute_dtype", None) for module in glow.modules()]
+    with pytest.raises(ZeroDivisionError):
+        fit(glow, groups, lambda i, step: 1 / 0, None, None, settings, 4, 0, tmp_path)
+    assert [getattr(module, "compute_dtype", None) for module in glow.modules()] == before
+    assert not glow.training
+
+
+def test_numbers_of_numpy_and_tuples_are_as_good_as_any(tmp_path):
+    identity = {"size": np.int64(3), "crop": (1, 2), "mean": torch.tensor(0.5)}
+    _, expected = small_fit(tmp_path / "a", identity=identity)
+    changes = dict(num_images=np.int64(8), seed=np.int64(0), settings=dict(lr=np.float32(0.1)))
+    small_fit(tmp_path / "b", identity=identity, **changes)
+    assert isinstance(expected["best_val_loss"], float)
+    with pytest.raises(KeyboardInterrupt):
+        small_fit(tmp_path / "c", at_step=lambda step: signal.raise_signal(signal.SIGINT), identity=identity)
+    _, found = small_fit(tmp_path / "c", identity=identity, settings=dict(checkpoint_minutes=1))  # goes on
+    assert found["best_val_loss"] == expected["best_val_loss"]
+    with pytest.raises(TypeError, match="PosixPath|WindowsPath"):
+        small_fit(tmp_path / "d", at_step=lambda step: 1 / 0, identity={"folder": tmp_path})
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(rate=0.2), "groups was .*'lr': 0.1.*, is .*'lr': 0.2"),
+        (dict(settings=dict(batch_size=4)), "batch_size was 2, is 4"),
+        (dict(identity={"pixels": "b"}), "pixels was None, is b"),
+    ],
+)
+def test_the_setting_that_differs_is_named(tmp_path, change, message):
+    def interrupt(step):
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        small_fit(tmp_path, at_step=interrupt)
+    with pytest.raises(ValueError, match=message):
+        small_fit(tmp_path, **change)
+    resume = tmp_path / "resume.safetensors"
+    for content in (b"", resume.read_bytes()[:-20]):
+        resume.write_bytes(content)
+        with pytest.raises(ValueError, match="resume.safetensors .*truncated.*delete it"):
+            small_fit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        *((name, 0) for name in ("num_steps", "batch_size", "validate_every", "val_images")),
+        *((name, -1) for name in ("num_steps", "lr", "scalar_lr", "patience", "checkpoint_minutes")),
+        *(("num_steps", 2.5), ("lr", "fast"), ("lr", math.nan), ("mirror", "no"), ("shrinkage", -2)),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be of type .* and at least .*, not {value!r}"):
+        Training(**dict(num_steps=1, batch_size=1, lr=0.1) | {name: value})
 
 
 def test_a_resume_file_of_other_images_is_refused(smoke, tmp_path):
@@ -277,6 +385,38 @@ def test_missing_data_and_names_are_named(tmp_path):
         Experiment("big")
     with pytest.raises(ValueError, match="unknown override 'rate'; choose one of: num_folds"):
         Experiment("smoke", rate=1)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        *(
+            (dict(num_folds=n), f"num_folds must be a whole number of at least 1, not {n}")
+            for n in (0, 2.5, -1)
+        ),
+        (dict(lr="fast"), "lr must be of type float"),
+        (dict(num_steps=2.5), "num_steps must be of type int"),
+        (dict(batch_size=0), "batch_size must be .* at least 1"),
+        (dict(flow={"num_level": 3}), "unknown setting of flow 'num_level'; choose one of: .*num_levels"),
+        (dict(flow={"num_levels": 3, "num_steps": "two", "hidden_channels": 8}), "describes no network"),
+        (dict(flow="{num_levels: 3}"), "flow must be a mapping of its settings.*papermill: -y"),
+        (dict(unet={"width": -1}), "unet=.* describes no network"),
+    ],
+)
+def test_overrides_are_checked_before_any_work(override, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment("smoke", **override)
+
+
+def test_parameters_that_a_notebook_does_not_have_are_refused(monkeypatch):
+    """Here its cells are what IPython has executed."""
+    own, added = 'task = "inpainting"\nseed = 0', '# Parameters\ntaks = "denoising"\nseed = 1\n'
+    for cell in (added, added.replace("taks", "task")):
+        monkeypatch.setattr(sys.modules["__main__"], "In", ["", own, cell, "1 + 1"], raising=False)
+        if "taks" in cell:
+            with pytest.raises(ValueError, match="unknown parameter 'taks'; choose one of: task, seed"):
+                Experiment("smoke")
+    Experiment("smoke")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a step is captured there alone")
