@@ -128,8 +128,8 @@ def fit(
     groups: optimizer parameter groups with their own lr. make_batch(indices, step) draws a batch, a tuple of
     tensors, of which loss, given them, makes a scalar; on a GPU a step is captured as a graph, so loss must
     neither draw nor wait. Writes directory/log.csv and, every settings.checkpoint_minutes, at Ctrl-C and at
-    the end, resume.safetensors, from which training goes on. identity: what else the run depends on, such as the
-    images' hash. A run whose loss or gradient is not finite, or whose validation loss is more than three
+    the end, resume.safetensors, from which training goes on. identity: what else the run depends on, such as
+    the images' hash. A run whose loss or gradient is not finite, or whose validation loss is more than three
     times its best, goes on from its best weights at half the rate. Raises ValueError for fewer images than a
     batch, or a resume file of another run; Diverged after settings.max_restarts restarts, with what explain
     says of the batch as the reason."""
