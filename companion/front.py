@@ -295,15 +295,10 @@ def write_front(tables):
                 "```",
                 "",
             ]
-        lines += [
-            "## The bottom line",
-            "",
-            *(f"{i}. {with_links(text)}" for i, text in enumerate(bottom_line(records), 1)),
-            "",
-            *scoreboard(records),
-            "",
-            LEGEND,
-        ]
+        first, *rest = map(with_links, bottom_line(records))
+        lines += ["## The bottom line", "", first, "", *scoreboard(records), "", LEGEND]
+        for paragraph in rest:
+            lines += ["", paragraph]
         rows = budgets(records)
         lines += ["", "## The budgets", "", *told_profiles(records), "", *map(with_links, rows)]
         lines += ["", SIZES] + ["", STAR] * any("*" in row for row in rows)
