@@ -2,6 +2,7 @@
 grid."""
 
 import contextlib
+import functools
 import io
 import json
 import socket
@@ -94,8 +95,13 @@ def image(values):
     return torch.tensor(values).reshape(-1, 3, 64, 64)
 
 
+@functools.cache
+def on_the_page():
+    return shown(EXPERIMENT)
+
+
 def load_solver(task):
-    return shown(EXPERIMENT)[3][task][1]
+    return on_the_page()[3][task][1]
 
 
 def check(page, task, operator, y=None):
@@ -109,7 +115,7 @@ def check(page, task, operator, y=None):
     with torch.no_grad():
         _, folds = solve_with(solver, *scalars, image(state["y"]), operator, return_folds=True)
     expected = torch.cat([fold.x for fold in folds])
-    assert (image(state["folds"]) - expected).abs().max() < 1e-3
+    assert (image(state["folds"]) - expected).abs().max() < 6e-3  # affine maps travel in 15 bits
     value = psnr(expected[-1:], image(state["x"])).item()
     assert state["value"] == pytest.approx(value, abs=0.02)
     assert page.locator(".panels strong").inner_text().startswith(f"{state['value']:.2f} dB")
@@ -121,7 +127,7 @@ def config():
 
 
 def face(index=0):
-    return shown(EXPERIMENT)[0][index : index + 1]
+    return on_the_page()[0][index : index + 1]
 
 
 def test_live_answers_are_those_of_pytorch(live):
