@@ -509,12 +509,14 @@ def page_of(name: str, edition: str, task: str) -> str:
 
 
 def record_of(record: dict, of_build: bool = False) -> Link:
-    """Where the book holds the record of a run, recorded or of this build; as text, its profile and the hash
-    of its settings, which two profiles may share."""
+    """Where the book holds the record of a run, recorded or of this build; as text, its profile and where
+    the hash of its settings begins, which two profiles may share."""
     names = record["experiment"]
     place = ["this-build" if of_build else f"{names['profile']}-{names['dataset']}-s{names['seed']}"]
     place += [names["edition"]] if record["kind"] != "flow" else []
-    text = f"{names['profile']} {record.get('settings_hash', record['name'])}"
+    text = (
+        f"{names['profile']} {record['settings_hash'][:6] if 'settings_hash' in record else record['name']}"
+    )
     return Link(text, "../records/" + "/".join([*place, f"{record['name']}.json"]))
 
 

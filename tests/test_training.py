@@ -138,6 +138,14 @@ def small_fit(directory, steps=12, at_step=lambda step: None, **changes):
     return model.state_dict(), summary
 
 
+@pytest.fixture(autouse=True)
+def keyboard():
+    """A process that was started in the background ignores Ctrl-C."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
 @pytest.mark.parametrize("where", [4, 11])
 def test_what_ctrl_c_stops_goes_on_where_it_was(tmp_path, where):
     whole, _ = small_fit(tmp_path / "whole")
