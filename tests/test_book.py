@@ -100,6 +100,12 @@ def test_every_page_has_a_heading_of_its_own(html):
     assert sorted(headings) == sorted(set(headings))
 
 
+def test_every_caption_has_a_picture(pages):
+    figure = re.compile(r"<figure.*?</figure>", re.DOTALL)
+    found = [(path.name, text[:300]) for path in pages for text in figure.findall(path.read_text())]
+    assert [(name, text) for name, text in found if "<img" not in text and "<svg" not in text] == []
+
+
 def test_every_picture_says_what_it_shows(pages):
     """Sphinx takes the path of a picture that nobody described."""
     images = re.compile(r"<img [^>]*>")
