@@ -89,9 +89,9 @@ def scoreboard(records: list[dict]) -> list[str]:
 
 
 LEGEND = (
-    "By how many dB the flow is above the better of its rivals; in brackets what the paper prints; `short` "
-    "where only that profile has it. ✓ came out as printed, ✗ the other way round, ≈ cannot be told, ? not "
-    "trained well enough to say. Each number leads to its page, where the records are."
+    "By how many dB the flow is above the better of its rivals; in brackets what the paper prints; a "
+    "profile where that alone has the number. ✓ came out as printed, ✗ the other way round, ≈ cannot be "
+    "told, ? not trained well enough to say. Each number leads to its page, where the records are."
 )
 
 

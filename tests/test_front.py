@@ -1,5 +1,6 @@
 """The front page and the pictures of the two faces, from models and records that are kept with the code."""
 
+import json
 import re
 
 import numpy as np
@@ -60,6 +61,21 @@ def test_every_number_leads_to_its_record():
         if row["Record"] != "–":
             place = row["Record"].href.removeprefix("../records/")
             assert (records.RESULTS / "runs" / place).exists(), place
+
+
+def test_what_is_said_of_batchnorm_is_what_its_records_say():
+    text = (paths.ROOT / "book/choices.md").read_text(encoding="utf-8")
+    found = {
+        name: json.loads((paths.RESULTS / f"benchmarks/deblurring-unet-{name}.json").read_text())
+        for name in ("set-back", "recalibrated", "fixed-norms")
+    }
+    for name in ("set-back", "recalibrated"):
+        assert f"ended at {found[name]['psnr']['mean']:.2f} dB" in text
+        for restart in found[name]["training"]["restarts"]:
+            assert f"{restart['step']:,}" in text
+    assert f"end at {found['fixed-norms']['test_psnr']['mean']:.2f} dB" in text
+    quality = [row["val_psnr"] for row in found["fixed-norms"]["history"]]
+    assert min(quality) > found["fixed-norms"]["before"]["evaluation"]  # it never leaps
 
 
 def test_portraits_are_two_faces_in_colour():

@@ -66,13 +66,13 @@ async function unpacked(address) {
   const buffer = await new Response(stream).arrayBuffer().catch(() => { throw new Error("its file is cut off or broken"); });
   const bytes = new Uint8Array(buffer), start = 4 + new DataView(buffer).getUint32(0, true);
   const { length, rest, tensors } = JSON.parse(new TextDecoder().decode(bytes.subarray(4, start)));
-  const whole = new Uint8Array(length), codes = bytes.subarray(start + rest), half = codes.length / 2;
+  const whole = new Uint8Array(length), codes = bytes.subarray(start + rest), plane = codes.length / 3;
   let taken = start, used = 0, end = 0;
   for (const { start: at, count, folds, step } of tensors) {
     whole.set(bytes.subarray(taken, taken + at - end), end);
     const values = new Float32Array(count), steps = new Int32Array(count / folds); // a fold is counted from the one before
     for (let i = 0, j = 0; i < count; i++, j = j + 1 === steps.length ? 0 : j + 1) {
-      const zigzag = codes[used + i] | codes[half + used + i] << 8;
+      const zigzag = codes[used + i] | codes[plane + used + i] << 8 | codes[2 * plane + used + i] << 16;
       values[i] = (steps[j] += (zigzag >>> 1) ^ -(zigzag & 1)) * step;
     }
     whole.set(new Uint8Array(values.buffer), at);

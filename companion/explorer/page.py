@@ -116,7 +116,7 @@ def about(record):
         f"{METHODS[record['method']].label}, {record['num_folds']} folds; trained on"
         f" {name} ({data['split']['train']:,} images, {training['images_seen']:,} seen with repeats):"
         f" {record['psnr']['mean']:.2f} dB on {len(record['psnr']['values'])} test images,"
-        " before its weights were rounded for this page, which costs about 0.01 dB."
+        " before its weights were rounded for this page, which costs less than 0.02 dB."
     )
 
 
