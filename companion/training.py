@@ -10,7 +10,7 @@ from companion.settings import TASKS, Run
 from flowlib import Glow, GlowProx, ResNetProx, UNetProx, UnfoldedPGD, load_checkpoint
 from flowlib.images import dequantize, to_tensor
 from flowlib.solver import find_nonfinite_fold
-from flowlib.training import fit, generator_for, mirrored
+from flowlib.training import Training, fit, generator_for, mirrored
 
 NOISY_SIGMA = 0.25
 PROXES = {"unet": UNetProx, "resnet": ResNetProx}
@@ -120,12 +120,13 @@ def parameter_groups(solver: UnfoldedPGD, settings) -> list[dict]:
 
 
 def _train_solver(experiment, run, directory):
-    solver, settings, seed, images = (
-        build_solver(experiment, run).to(device()),
-        run.training,
-        run.seed,
-        experiment.images(),
-    )
+    solver = build_solver(experiment, run).to(device())
+    return solver, fit_solver(experiment, run, solver, run.training, directory)
+
+
+def fit_solver(experiment: Experiment, run: Run, solver: UnfoldedPGD, settings: Training, directory) -> dict:
+    """Trains a solver in place on the task and images of run; the summary. Raises Diverged."""
+    seed, images = run.seed, experiment.images()
     train = to_tensor(experiment.split("train", images))
     val = to_tensor(experiment.split("val", images)[: settings.val_images])
     operator = TASKS[run.task].make_operator(train.shape[-1], **run.operator).to(device())
@@ -154,4 +155,4 @@ def _train_solver(experiment, run, directory):
 
     functions = (make_batch, loss, validation_loss)
     arguments = (settings, len(train), seed, directory, _identity(run, images), explain)
-    return solver, fit(solver, parameter_groups(solver, settings), *functions, *arguments)
+    return fit(solver, parameter_groups(solver, settings), *functions, *arguments)
