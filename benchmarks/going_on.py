@@ -1,5 +1,5 @@
-"""What a finished solver gains from 900 more steps at a low rate; with --fixed-norms while BatchNorm normalises
-by its averages, as in evaluation: the two modes differ, and a chain of folds multiplies the difference.
+"""What a finished solver gains from 900 more steps at a low rate; with --fixed-norms while BatchNorm uses its
+averages, as in evaluation: the two modes differ, and a chain of folds multiplies the difference.
 
 python -m benchmarks.going_on --run inpainting-unet --profile cpu --dataset celeba --fixed-norms"""
 
