@@ -17,6 +17,7 @@ book: environment
 	    --seed "$$SEED" --build "$$BUILD"
 	@echo "The book is at $$BUILD/html/index.html"
 
+test: export OMP_NUM_THREADS = 1  # two processes share the cores
 test: environment
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pytest -n 2 --dist loadfile
