@@ -317,7 +317,7 @@ def compare(
     difference, of_images = mean_and_interval(np.subtract(*values))
     num_seeds = tuple(len(of_seeds(r)) for r in pair)
     solvers = [r for (of, _), r in ours.items() if of == task and r["kind"] == "solver"]
-    half_width = float(np.hypot(of_images, _of_seeds(solvers, evaluation, num_seeds)))
+    half_width = float(np.hypot(of_images, spread_of_seeds(solvers, evaluation, num_seeds)))
     printed = {(task, first), (task, second)} <= set(paper)
     in_paper = paper[task, first] - paper[task, second] if printed else None
     told = ((METHODS[m].short, too_little_training(r, records)) for m, r in zip((first, second), pair))
@@ -325,7 +325,7 @@ def compare(
     return Comparison(difference, half_width, in_paper, num_seeds, reason)
 
 
-def _of_seeds(solvers, evaluation, num_seeds):
+def spread_of_seeds(solvers, evaluation, num_seeds):
     """Half the 95 % interval, from seeds alone, of a difference of methods with so many seeds: Student's for
     two samples, the variance pooled over the solvers of a task. 0 where none has several."""
     found = [[part(r, evaluation) for r in of_seeds(record) if r["kind"] == "solver"] for record in solvers]
