@@ -609,6 +609,21 @@ def on_this_page(name, edition, task, kept, here):
     return f"In the runs of this page, trained {in_few_words(names)}, GLOW is {listed(told)}.{drawn}"
 
 
+def by_heart(records):
+    """A sentence where all of these solvers fit their training images far better than new ones; else ""."""
+    kept = {METHODS[r["method"]].short: r["training"] for r in records}
+    ends = {name: np.mean([row["loss"] for row in t["history"][-3:]]) for name, t in kept.items()}
+    ratios = {name: t["best_val_loss"] / ends[name] for name, t in kept.items()}
+    if min(ratios.values()) < 1.5:
+        return ""
+    told = listed([f"{ratio:.1f} times for {name}" for name, ratio in ratios.items()])
+    number = records[0]["data"]["split"]["train"]
+    return (
+        f"The mean squared error in validation is {told} what it is at last on the {number:,} training "
+        "images: the solvers come to know these by heart, and longer training would not help on new faces."
+    )
+
+
 def images_seen(records, task, methods):
     """A sentence: the recorded budgets."""
     seen = [
