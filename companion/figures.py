@@ -10,7 +10,7 @@ import io
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import SVG
+from IPython.display import SVG, Markdown
 from matplotlib.ticker import MaxNLocator
 
 from companion.records import merged, of_seeds
@@ -589,7 +589,7 @@ def verdicts(name, edition, task, kept, others=()):
 
 
 def on_this_page(name, edition, task, kept, here):
-    """What came out of the runs made on a page, in words, without a verdict."""
+    """What came out of the runs made on a page, in words, without a verdict; None where there were none."""
     known = {
         (r["settings_hash"], r["data"]["pixels_sha256"])
         for k in kept
@@ -598,15 +598,17 @@ def on_this_page(name, edition, task, kept, here):
     }
     solved = [r for r in here if r["kind"] == "solver"]
     if solved and all((r["settings_hash"], r["data"]["pixels_sha256"]) in known for r in solved):
-        return "The runs of this page are the recorded ones."
+        return Markdown("The runs of this page are the recorded ones.")
     pairs = {m: compare(here, name, edition, task, "glow", m) for m in _rivals(name, edition, task)}
     told = [_above(pair.difference, m, pair.half_width) for m, pair in pairs.items() if pair]
     if not told:
-        return ""
+        return None
     names = solved[0]["experiment"]
     drawn = " Drawn faces test the code and decide nothing about the paper."
     drawn *= names["dataset"].startswith("synthetic")
-    return f"In the runs of this page, trained {in_few_words(names)}, GLOW is {listed(told)}.{drawn}"
+    return Markdown(
+        f"In the runs of this page, trained {in_few_words(names)}, GLOW is {listed(told)}.{drawn}"
+    )
 
 
 def by_heart(records):

@@ -53,18 +53,17 @@ CLAIMS = (
 
 
 def decided(claim: Claim, task: str, records: list[dict], others: Sequence[dict] = ()):
-    """(verdict, comparison with the nearest rival, that rival, profile) of a claim for one task: "not run"
-    and None where a rival or the flow was not; others: see tables.claims."""
+    """(verdict, comparison with the rival that decides it, that rival, profile) of a claim for one task: "not
+    run" and None where a rival or the flow was not; others: see tables.claims."""
     where = claim.table, claim.edition, task, "glow"
     found = {rival: together(records, others, *where, rival) for rival in claim.rivals}
     if not all(found.values()):
         return "not run", None, None, "–"
     pairs = {rival: compare(group, *where, rival) for rival, group in found.items()}
-    verdicts = set(map(verdict, pairs.values()))
-    unclear = sorted(v for v in verdicts if v.startswith("no claim"))
-    order = ("the opposite", *unclear, "not distinguishable", "replicated")  # one rival ahead is enough
-    rival = min(pairs, key=lambda rival: pairs[rival].difference)
-    return next(v for v in order if v in verdicts), pairs[rival], rival, profile_of(found[rival])
+    verdicts = {rival: verdict(pair) for rival, pair in pairs.items()}
+    order = ("the opposite", "no claim", "not distinguishable", "replicated")  # one rival ahead is enough
+    rival = min(pairs, key=lambda m: (order.index(verdicts[m].split(":")[0]), pairs[m].difference))
+    return verdicts[rival], pairs[rival], rival, profile_of(found[rival])
 
 
 def scoreboard(records: list[dict]) -> list[str]:
@@ -75,29 +74,26 @@ def scoreboard(records: list[dict]) -> list[str]:
         run, cells = comparison(records, claim.edition), [claim.words]
         usual = {r["experiment"]["profile"] for r in run if r["kind"] == "solver"}
         for task in MAIN_TASKS:
-            found, pair, _, profile = decided(claim, task, run, records)
+            found, pair, rival, profile = decided(claim, task, run, records)
             if pair is None:
                 cells.append("not run")
                 continue
             page = page_of(claim.table, claim.edition, task).removesuffix(".html")
-            printed = min(_printed(claim, task, rival) for rival in claim.rivals)
-            ours = f"{{doc}}`{signed(pair.difference)} ± {pair.half_width:.2f} <{page}>`"
-            elsewhere = f" `{profile}`" * (profile not in usual)
-            cells.append(f"{MARKS.get(found, '?')} {ours} ({signed(printed)}){elsewhere}")
+            notes = [METHODS[rival].short] * (len(claim.rivals) > 1) + [f"`{profile}`"] * (
+                profile not in usual
+            )
+            cell = f"{MARKS.get(found, '?')} {{doc}}`{pair.text} <{page}>` ({signed(pair.paper)})"
+            cells.append(" ".join([cell, *notes]))
         rows.append(cells)
     return [f"| {' | '.join(cells)} |" for cells in rows]
 
 
 LEGEND = (
-    "By how many dB the flow is above the better of its rivals; in brackets what the paper prints; a "
-    "profile where that alone has the number. ✓ came out as printed, ✗ the other way round, ≈ cannot be "
-    "told, ? not trained well enough to say. Each number leads to its page, where the records are."
+    "By how many dB the flow is above its rival (of two the one that decides, named); in brackets what the "
+    "paper prints; a profile where that alone has the number. ✓ came out as printed, ✗ the other way round, "
+    "≈ cannot be told, ? not trained well enough to say. ± is the 95 % interval over test images and seeds; "
+    "¹ over images alone, as there is one seed each. Each number leads to its page, where the records are."
 )
-
-
-def _printed(claim, task, rival):
-    table = paper_table(claim.table, claim.edition)
-    return table[task, "glow"] - table[task, rival]
 
 
 def bottom_line(records: list[dict]) -> list[str]:
@@ -160,12 +156,15 @@ def how_sure(records: list[dict]) -> str:
     most = max(len(of_seeds(r)) for r in solvers)
     seeds = f"the flow was trained with {flows} seed{'s' * (flows != 1)}"
     seeds += f", its rivals with up to {most}" if most > flows else ", like its rivals"
+    alone = sum("¹" in row["Ours, dB"] for row in claims)
+    single = (
+        f" Of these orders {alone} come from one seed each: their ± is over images alone." if alone else ""
+    )
     twice = sum("all but repeats" in row["Task"] for row in claims)
     repeated = f" ({twice} of them all but repeat others, see there)" if twice else ""
     return (
         f"**How sure.** Of all {len(claims)} orders of two methods in the paper's tables, both "
-        f"editions{repeated}, {listed(parts)}, at the profiles {profiles}; {seeds}. ± is the 95 % interval "
-        "over test images" + " and, where a task has several, over seeds" * (most > 1) + "."
+        f"editions{repeated}, {listed(parts)}, at the profiles {profiles}; {seeds}.{single}"
     )
 
 
@@ -252,7 +251,7 @@ def budgets(records: list[dict]) -> list[str]:
         ]
         trained = [r for r in here if not METHODS[r["method"]].frozen]
         seen = [r["training"]["images_seen"] for r in trained]
-        took = [minutes(r) for r in trained]
+        took = [minutes(one) for r in trained for one in of_seeds(r)]
         machines = sorted({machine(r) for r in trained + [flow]})
         columns.append(
             [

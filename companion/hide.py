@@ -28,7 +28,8 @@ def captioned(cell):
         part = copy.deepcopy(cell)
         part.outputs = [output]
         if i:
-            part |= {"id": f"{cell.id}-{i}", "source": ""}
+            # Hidden, but not empty: the book leaves out cells without source.
+            part |= {"id": f"{cell.id}-{i}", "source": "# one more output of the cell above"}
             part.metadata["tags"] = sorted({*cell.metadata.get("tags", []), "remove-input"})
         if not any(kind.startswith("image/") for kind in output.get("data", {})):
             del part.metadata["mystnb"]

@@ -277,7 +277,7 @@ PROFILE_WORDS = {
     "smoke": "a few steps, to test the code",
     "demo": "small networks, trained for less than a minute each",
     "short": "a small flow, some minutes a training on one core",
-    "cpu": "a middling flow, up to an hour a training on one core",
+    "cpu": "a middling flow, up to about an hour a training on one core",
     "gpu": "the paper's networks, minutes a training on a large GPU",
     "gpu-longer": "`gpu` with every solver trained for twice as long, the flow the same",
     "paper": "the paper's networks and trainings",
@@ -293,7 +293,7 @@ DATASET_WORDS = {
 
 def in_words(names: dict) -> str:
     """What a record's experiment was run on, and how much was done: "on photographs of faces (CelebA) with
-    the profile `cpu` (a middling flow, up to an hour a training on one core)"."""
+    the profile `cpu` (a middling flow, up to about an hour a training on one core)"."""
     return f"{in_few_words(names)} ({PROFILE_WORDS[names['profile']]})"
 
 

@@ -292,14 +292,20 @@ def provenance_rows(here: list[dict], kept: list[dict]) -> list[dict]:
 
 class Comparison(NamedTuple):
     """Two methods of one task: mean of the paired differences in dB over images, half the width of its 95 %
-    interval, the paper's difference (None where it has none), the number of seeds of each, and why no claim
-    is made ("" otherwise)."""
+    interval, the paper's difference (None where it has none), the number of seeds of each, why no claim is
+    made ("" otherwise), and whether the interval is about images alone, as nobody has several seeds."""
 
     difference: float
     half_width: float
     paper: float | None
     num_seeds: tuple[int, int]
     reason: str
+    images_alone: bool
+
+    @property
+    def text(self) -> str:
+        """ "+0.56 ± 0.34", with a ¹ where the interval is about images alone."""
+        return f"{signed(self.difference)} ± {self.half_width:.2f}" + "¹" * self.images_alone
 
 
 def compare(
@@ -317,12 +323,13 @@ def compare(
     difference, of_images = mean_and_interval(np.subtract(*values))
     num_seeds = tuple(len(of_seeds(r)) for r in pair)
     solvers = [r for (of, _), r in ours.items() if of == task and r["kind"] == "solver"]
-    half_width = float(np.hypot(of_images, spread_of_seeds(solvers, evaluation, num_seeds)))
+    spread = spread_of_seeds(solvers, evaluation, num_seeds)
     printed = {(task, first), (task, second)} <= set(paper)
     in_paper = paper[task, first] - paper[task, second] if printed else None
     told = ((METHODS[m].short, too_little_training(r, records)) for m, r in zip((first, second), pair))
     reason = next((f"{method} {why}" for method, why in told if why), "")
-    return Comparison(difference, half_width, in_paper, num_seeds, reason)
+    half_width = float(np.hypot(of_images, spread))
+    return Comparison(difference, half_width, in_paper, num_seeds, reason, images_alone=not spread)
 
 
 def spread_of_seeds(solvers, evaluation, num_seeds):
@@ -428,7 +435,7 @@ def claims(
                         "Task": _task_cell(task, about.evaluation),
                         "Claim": f"{METHODS[first].short} over {METHODS[second].short}",
                         "Paper, dB": signed(paper[task, first] - paper[task, second]),
-                        "Ours, dB": (f"{signed(pair.difference)} ± {pair.half_width:.2f}" if pair else "–")
+                        "Ours, dB": (pair.text if pair else "–")
                         + (f" (all folds told: {signed(told)})" if told is not None else ""),
                         "Verdict": verdict(pair) if pair else "not run",
                         "Profile": profile_of(found),
@@ -595,7 +602,7 @@ def overview(edition: str, records: list[dict], others: Sequence[dict] = ()) -> 
                 cells[TASKS[task].label] = "–"
                 if pair and pair.paper is not None:
                     mark = MARKS.get(verdict(pair), "?")
-                    numbers = f"{signed(pair.difference)} ± {pair.half_width:.2f} ({signed(pair.paper)})"
+                    numbers = f"{pair.text} ({signed(pair.paper)})"
                     notes = [repeats(task, about.evaluation).replace("table ", "")]
                     if about.evaluation == "ood_measurements" and task == "inpainting":
                         notes += [f"last fold told; all told: {signed(all_told(found, first, second))}"]

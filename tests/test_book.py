@@ -1,6 +1,8 @@
 """The book, built from nothing with warnings as errors: complete, linked, and filled in."""
 
+import binascii
 import csv
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -104,6 +106,21 @@ def test_every_caption_has_a_picture(pages):
     figure = re.compile(r"<figure.*?</figure>", re.DOTALL)
     found = [(path.name, text[:300]) for path in pages for text in figure.findall(path.read_text())]
     assert [(name, text) for name, text in found if "<img" not in text and "<svg" not in text] == []
+
+
+def test_every_output_is_on_its_page(smoke_book):
+    """Pictures, which the book names after what they hold, and no object that cannot be shown."""
+    sources = sorted((smoke_book / "html/_sources/notebooks").glob("*.ipynb"))
+    pictures, lost, shown = 0, [], []
+    for source in sources:
+        page = (smoke_book / f"html/notebooks/{source.stem}.html").read_text(encoding="utf-8")
+        shown += [source.stem] * ("IPython.core" in page)
+        for cell in json.loads(source.read_text(encoding="utf-8"))["cells"]:
+            data = [output.get("data", {}).get("image/png") for output in cell.get("outputs", ())]
+            names = [hashlib.sha256(binascii.a2b_base64(picture)).hexdigest() for picture in data if picture]
+            pictures += len(names)
+            lost += [(source.stem, cell["id"]) for name in names if name not in page]
+    assert pictures > len(sources) and lost == [] and shown == []
 
 
 def test_every_picture_says_what_it_shows(pages):

@@ -38,8 +38,8 @@ def test_the_bottom_line_leads_to_its_numbers():
     assert "orders <../notebooks/tables>`" in front.with_links(front.bottom_line(found)[-1])
     heads, _, best, *others = front.scoreboard(found)
     assert heads.count("|") == best.count("|") == 5 and len(others) == 4
-    assert "✓ {doc}`+1.00 ± 0.00 <../notebooks/in_distribution-inpainting>` (+0.77)" in best
-    assert "✗ {doc}`−1.00 ± 0.00 <../notebooks/in_distribution-deblurring>` (+1.89)" in best
+    assert "✓ {doc}`+1.00 ± 0.00¹ <../notebooks/in_distribution-inpainting>` (+0.77) U-Net" in best
+    assert "✗ {doc}`−1.00 ± 0.00¹ <../notebooks/in_distribution-deblurring>` (+4.99) ResNet" in best
     assert "? {doc}`" in best and all("not run" in row for row in others)
 
 

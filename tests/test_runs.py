@@ -401,8 +401,8 @@ def test_both_readings_of_the_smaller_hole_are_told():
         found.append(record)
     rows = [r for r in tables.claims("III", "v2", found) if r["Verdict"] != "not run"]
     assert [r["Ours, dB"] for r in rows] == [
-        "+4.00 ± 0.00 (all folds told: −4.00)",
-        "+2.00 ± 0.00 (all folds told: −6.00)",
+        "+4.00 ± 0.00¹ (all folds told: −4.00)",
+        "+2.00 ± 0.00¹ (all folds told: −6.00)",
     ]
     assert "with all folds told the flow is last (GLOW 27.00 dB" in figures.all_told_sentence(found)
 
