@@ -29,6 +29,7 @@ from companion.tables import (
     part,
     plus_minus,
     record_of,
+    seeds,
     signed,
     together,
     verdict,
@@ -412,8 +413,8 @@ def beside_paper(task, methods, paper, kept, here, evaluation=None):
     def ours(record):
         if record is None or record["kind"] == "failed":
             return "diverged" if record else "not run"
-        num_seeds, text = len(of_seeds(record)), plus_minus(part(record, evaluation)["psnr"])
-        return f"{text}, mean of {num_seeds} seeds" if num_seeds > 1 else text
+        text, each = plus_minus(part(record, evaluation)["psnr"]), seeds(record, evaluation).split(": ")
+        return f"{text}, mean of {each[0]} seeds ({each[1]})" if len(each) > 1 else text
 
     def seen(record):
         return f"{record['training']['images_seen']:,}" if record else "–"
