@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from flowlib.files import as_json, write_atomically
 from flowlib.glow import Glow
-from flowlib.prox import PROXES
+from flowlib.prox import PROXES, GlowProx
 from flowlib.solver import UnfoldedPGD
 
 _COUNTING = threading.RLock()  # the hook that counts is the whole process's
@@ -78,28 +78,35 @@ def save_checkpoint(
     dtype: torch.float16 or bfloat16 halves the file; None keeps the model's. A prox that serves several folds
     is written once. Raises ValueError for a prox that cannot be built again, TypeError for another model."""
     tensors = model.state_dict()
-    if isinstance(model, Glow):
+    if type(model) is Glow:  # a subclass would come back as its base
         header = {"kind": "Glow", "config": model.config}
-    elif isinstance(model, UnfoldedPGD):
-        folds, proxes = [], list(model.proxes)
-        for k, prox in enumerate(proxes):
-            first = proxes.index(prox)
+    elif type(model) is UnfoldedPGD:
+        folds, marks = [], [_mark(prox) for prox in model.proxes]
+        for k, prox in enumerate(model.proxes):
+            first = marks.index(marks[k])
             folds.append(_describe(prox) if first == k else {"same_as": first})
             for key in part_of(tensors, f"proxes.{k}.") if first < k else ():
                 del tensors[f"proxes.{k}.{key}"]
         header = {"kind": "UnfoldedPGD", "folds": folds, "literal_last_fold": model.literal_last_fold}
         header["image_shape"] = list(model.x0.shape[1:])
     else:
-        inside = "of a wrapper give model.module (parallel) or model._orig_mod (compiled)"
+        inside = "of a wrapper give model.module (parallel) or model._orig_mod (compiled), and no subclass"
         raise TypeError(f"can save a Glow or an UnfoldedPGD, not a {type(model).__name__}: {inside}")
     converted = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
     save_tensors(path, converted, header | {"info": info})
+
+
+def _mark(prox):
+    """Equal for proxes that are one, or share all of their weights."""
+    return type(prox), [id(p) for p in prox.parameters()] or id(prox), getattr(prox, "config", None)
 
 
 def _describe(prox):
     """{"prox": name, "config": …}: what a fold's prox is built from again."""
     cls = type(prox)
     name = {cls: name for name, cls in PROXES.items()}.get(cls, f"{cls.__module__}:{cls.__qualname__}")
+    if cls is GlowProx and type(prox.glow) is not Glow:
+        raise ValueError(f"{type(prox.glow).__name__} would come back as a Glow: give it a prox of your own")
     if name.startswith("__main__:") or "<locals>" in name:
         raise ValueError(f"{name} cannot be imported again: define it at the top of a module of its own")
     if not hasattr(prox, "config") or not hasattr(cls, "from_config"):
@@ -169,7 +176,7 @@ def build_to_fit(build: Callable[[], nn.Module], tensors: dict[str, Tensor], pat
             counting.remove()
     check_state(draft, tensors, path)
     model = build()
-    if any(v.dtype == torch.float64 for v in tensors.values()):
+    if any(tensors[key].dtype == torch.float64 for key, _ in draft.named_parameters()):  # not buffers alone
         model.double()
     model.load_state_dict(tensors)
     return model.eval()

@@ -13,6 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from flowlib.files import write_atomically
+from flowlib.glow import set_compute_dtype
 from flowlib.layers import fold
 from flowlib.prox import GlowProx
 from flowlib.solver import UnfoldedPGD
@@ -136,6 +137,8 @@ def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
     if not all(isinstance(prox, GlowProx) for prox in solver.proxes):
         raise ValueError("only solvers with a flow can be exported: others have no shrinkage to move")
     flows = [prox.glow for prox in copy.deepcopy(solver.proxes).cpu().float()]
+    for flow in flows:
+        set_compute_dtype(flow, None)
     config = flows[0].config
     if any(flow.config != config for flow in flows):
         raise ValueError("only solvers whose flows are all of one size can be exported")

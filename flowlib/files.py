@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in _left_behind(path):
         left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -29,10 +30,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def _left_behind(path):
-    """What killed processes wrote of it."""
+    """What killed processes of this machine wrote of it."""
     if os.name != "posix":  # elsewhere a process cannot be asked whether it lives
         return
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(socket.gethostname())}.*.tmp"):
         try:
             os.kill(int(left.name.split(".")[-2]), 0)
         except (ProcessLookupError, ValueError):

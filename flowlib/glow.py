@@ -22,7 +22,9 @@ def _without_autocast(method):
 
     @functools.wraps(method)
     def run(self, *inputs, **options):
-        weight = next(self.parameters())
+        weight = next(self.parameters(), None)
+        if weight is None:
+            raise RuntimeError("replicas of nn.DataParallel have no parameters: use DistributedDataParallel")
         if weight.device.type == "meta" or not torch.is_autocast_enabled(weight.device.type):
             return method(self, *inputs, **options)
         if inputs:  # an image or latents, which autocast may have made 16 bits wide

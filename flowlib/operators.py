@@ -44,8 +44,16 @@ class Composition(LinearOperator):
     """second @ first: A x = A_second(A_first(x)); the noise is that of the second operator."""
 
     def __init__(self, second: LinearOperator, first: LinearOperator) -> None:
-        super().__init__(second.sigma)
+        nn.Module.__init__(self)
         self.second, self.first = second, first
+
+    @property
+    def sigma(self) -> float:
+        return self.second.sigma
+
+    @sigma.setter
+    def sigma(self, value: float) -> None:
+        self.second.sigma = value
 
     def A(self, x: Tensor) -> Tensor:
         return self.second.A(self.first.A(x))
@@ -90,7 +98,7 @@ class Inpainting(LinearOperator):
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError("the mask must be binary: 1 where a pixel is measured, 0 where it is blocked")
         operator = cls(1, tuple(mask.shape[-2:]), sigma)
-        operator.mask = mask.float()
+        operator.mask = mask.float().clone()
         return operator
 
     def A(self, x: Tensor) -> Tensor:

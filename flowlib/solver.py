@@ -47,10 +47,11 @@ class UnfoldedPGD(nn.Module):
             raise ValueError(f"shrinkage must be > -1, as latents are divided by 1 + shrinkage: {shrinkage}")
         self.literal_last_fold = literal_last_fold
         self.register_buffer("x0", x0.detach().clone())
-        self.step_size = nn.Parameter(torch.as_tensor(step_size, dtype=x0.dtype).expand(num_folds).clone())
+        start = torch.as_tensor(step_size).to(self.x0)
+        self.step_size = nn.Parameter(start.expand(num_folds).clone())
         self.shrinkage = [None] * num_folds
         if any(getattr(prox, "uses_shrinkage", False) for prox in proxes):
-            start = torch.as_tensor(shrinkage, dtype=x0.dtype)
+            start = torch.as_tensor(shrinkage).to(self.x0)
             self.shrinkage = nn.Parameter(start.expand(num_folds).clone())
 
     @property
@@ -67,13 +68,19 @@ class UnfoldedPGD(nn.Module):
         if y.shape[1:] != self.x0.shape[1:]:
             raise ValueError(f"measurements {tuple(y.shape)} do not fit x0 of shape {tuple(self.x0.shape)}")
         dtype = self.x0.dtype
-        if not y.is_floating_point() or torch.promote_types(y.dtype, dtype) != dtype:
+        inexact = y.is_floating_point() or y.is_complex()  # as in MRI; its Aᵀ gives real images
+        if not inexact or torch.promote_types(y.real.dtype, dtype) != dtype:
             types = f"{y.dtype} do not fit a solver of {dtype}"
             raise ValueError(f"measurements of {types}: see flowlib.images.to_tensor, or y.to({dtype})")
-        operators = operator if isinstance(operator, (list, tuple)) else [operator] * self.num_folds
+        several = isinstance(operator, (list, tuple, nn.ModuleList))
+        operators = operator if several else [operator] * self.num_folds
         x, folds = self.x0.expand(len(y), -1, -1, -1), []
         for prox, mu, lam, op in zip(self.proxes, self.step_size, self.shrinkage, operators, strict=True):
             x_tilde = x + mu * op.A_adjoint(y - op.A(x))
+            if x_tilde.dtype != dtype:
+                raise ValueError(
+                    f"A_adjoint gave {x_tilde.dtype}, the solver is of {dtype}: operator.to({dtype})"
+                )
             x = prox(x_tilde, lam)
             if return_folds:
                 folds.append(describe_fold(prox, lam, x_tilde, x))

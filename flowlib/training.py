@@ -26,10 +26,11 @@ from flowlib.glow import set_compute_dtype
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of one training. lr: of the networks; scalar_lr: of μ and λ; the rate rises over warmup_steps
-    and, with cosine, falls to zero at num_steps; shrinkage: where λ starts; mirror: half of the images, at
-    random, are mirrored left to right; patience: validations without improvement before it stops;
-    max_restarts: how often a run that broke down goes on from its best weights at half the rate."""
+    """Settings of one training. The rate rises over warmup_steps and, with cosine, falls to 0 at num_steps;
+    clip_norm: the largest norm of a gradient (inf: any); patience: validations without improvement before it
+    stops; max_restarts: how often a run that broke down goes on from its best weights at half the rate. For
+    the caller of fit: lr, of the networks; scalar_lr, of μ and λ; shrinkage: where λ starts; val_images; and
+    mirror: half of the images, at random, are mirrored left to right."""
 
     num_steps: int
     batch_size: int
@@ -50,7 +51,9 @@ class Training:
 
     def __post_init__(self) -> None:
         """ValueError that names the first setting that is of another type or too small."""
-        lowest = dict(num_steps=1, batch_size=1, validate_every=1, val_images=1, shrinkage=-1)
+        lowest = dict(
+            num_steps=1, batch_size=1, validate_every=1, val_images=1, shrinkage=-1, clip_norm=1e-12
+        )
         for field in fields(self):
             value, least = getattr(self, field.name), lowest.get(field.name, 0)
             if not isinstance(value, Real if field.type is float else Integral) or not value >= least:
@@ -83,7 +86,7 @@ def batch_indices(step: int, batch_size: int, num_images: int, seed: int) -> np.
 def mirrored(x: Tensor, seed: int, step: int) -> Tensor:
     """x (B, C, H, W) with about half of its images mirrored left to right."""
     chosen = torch.rand(len(x), generator=generator_for(seed, "mirror", step)) < 0.5
-    return torch.where(chosen[:, None, None, None], x.flip(3), x)
+    return torch.where(chosen[:, None, None, None].to(x.device), x.flip(3), x)
 
 
 def learning_rate_factor(step: int, settings: Training, restarts: Sequence[dict] = ()) -> float:
@@ -94,16 +97,24 @@ def learning_rate_factor(step: int, settings: Training, restarts: Sequence[dict]
     return warmup * decay * 0.5 ** len(restarts)
 
 
+def _train(model):
+    """model.train(), but for frozen BatchNorms: their averages are part of what shall stay."""
+    model.train()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.affine and not norm.weight.requires_grad:
+            norm.eval()
+
+
 @torch.no_grad()
 def recalibrate(model: nn.Module, loss: Callable[..., Tensor], batches: Iterable[tuple[Tensor, ...]]) -> None:
     """Makes the averages that BatchNorm evaluates with anew, from these batches at the present weights. Those
     kept during training lag behind weights that still move, and in a chain of folds the lag multiplies."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    _train(model)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over the batches
-    model.train()
     for batch in batches if norms else ():
         loss(*batch)
     for norm, momentum in zip(norms, momenta):
@@ -119,32 +130,34 @@ def fit(
     settings: Training,
     num_images: int,
     seed: int,
-    directory: Path,
+    directory: str | Path,
     identity: dict | None = None,
     explain: Callable[..., str | None] | None = None,
 ) -> dict:
     """Trains model in place, by Adam, to the weights that were best on validation; returns a summary.
 
-    groups: optimizer parameter groups with their own lr. make_batch(indices, step) draws a batch, a tuple of
-    tensors, of which loss, given them, makes a scalar; on a GPU a step is captured as a graph, so loss must
-    neither draw nor wait. Writes directory/log.csv and, every settings.checkpoint_minutes, at Ctrl-C and at
-    the end, resume.safetensors, from which training goes on. identity: what else the run depends on, such as
-    the images' hash. A run whose loss or gradient is not finite, or whose validation loss is more than three
-    times its best, goes on from its best weights at half the rate. Raises ValueError for fewer images than a
-    batch, or a resume file of another run; Diverged after settings.max_restarts restarts, with what explain
-    says of the batch as the reason."""
+    groups: optimizer parameter groups, their lr by default settings.lr. make_batch(indices, step) draws a
+    batch, a tuple of tensors, of which loss, given them, makes a scalar; on a GPU a step is captured as a
+    graph, so loss must neither draw nor wait. A BatchNorm whose weights are frozen stays as it is. Writes
+    directory/log.csv and, every settings.checkpoint_minutes, at Ctrl-C and at the end, resume.safetensors,
+    from which training goes on; a finished one of other settings is written over. identity: what else the run
+    depends on, such as the images' hash. A run whose loss or gradient is not finite, or whose validation loss
+    is three times its best (worse than a negative best by twice its size), goes on from its best weights at
+    half the rate. Raises ValueError for fewer images than a batch, or an unfinished resume file of another
+    run; Diverged after settings.max_restarts restarts, with what explain says of the batch as the reason."""
     from tqdm.auto import tqdm  # here, so that flowlib needs it for training alone
 
     if num_images < settings.batch_size:
         raise ValueError(f"{num_images} training images are fewer than one batch of {settings.batch_size}")
+    groups = [{"lr": settings.lr} | group | {"params": list(group["params"])} for group in groups]
     options = [group | {"params": len(group["params"])} for group in groups]
     own = asdict(settings) | {"groups": options, "seed": seed, "num_images": num_images} | (identity or {})
     del own["checkpoint_minutes"]  # changes no weight
-    run = _Run(model, groups, loss, settings, as_json(own), directory)
+    run = _Run(model, groups, loss, settings, as_json(own), Path(directory))
     run.resume()
     state = run.state
     set_compute_dtype(model, torch.bfloat16 if settings.bf16 else None)
-    bar = tqdm(total=settings.num_steps, initial=state["step"], desc=directory.name, mininterval=2)
+    bar = tqdm(total=settings.num_steps, initial=state["step"], desc=Path(directory).name, mininterval=2)
 
     def batch(step):
         return make_batch(batch_indices(step, settings.batch_size, num_images, seed), step)
@@ -215,7 +228,7 @@ class _Run:
         factor = learning_rate_factor(self.state["step"], self.settings, self.state["restarts"])
         for group, given in zip(self.optimizer.param_groups, self.groups):
             group["lr"].fill_(given["lr"] * factor)
-        self.model.train()
+        _train(self.model)
         if self.parameters[0].device.type == "cuda":
             self._captured = self._captured or self._capture(batch)
             graph, inputs, outputs = self._captured
@@ -272,7 +285,7 @@ class _Run:
         if value < state["best_loss"]:
             state |= dict(best_loss=value, best_step=state["step"])
             self.best = copy.deepcopy(self.model.state_dict())
-        elif not value <= 3 * state["best_loss"]:
+        elif not value <= state["best_loss"] + 2 * abs(state["best_loss"]):  # a loss may be negative
             self._restart(f"validation loss {value:.4g} after {state['best_loss']:.4g}")
         patience = settings.patience * settings.validate_every
         state["stopped_early"] = state["step"] - state["best_step"] >= patience

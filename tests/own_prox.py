@@ -2,6 +2,8 @@
 
 import torch
 
+from flowlib import Blur
+
 
 class Scale(torch.nn.Module):
     """Just a forward, and what saving needs: config and from_config."""
@@ -17,6 +19,14 @@ class Scale(torch.nn.Module):
 
     def forward(self, x, shrinkage):
         return self.factor.mean() * x
+
+
+class Blurred(Scale):
+    """One with a buffer in float64."""
+
+    def __init__(self, start, size=1):
+        super().__init__(start, size)
+        self.blur = Blur()
 
 
 class Mute(torch.nn.Module):

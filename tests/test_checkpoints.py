@@ -16,7 +16,7 @@ from flowlib.checkpoints import load_tensors, save_tensors
 from flowlib.glowip import load_glowip
 from flowlib.operators import Inpainting
 from flowlib.training import Training, fit
-from tests.own_prox import Mute, Scale
+from tests.own_prox import Blurred, Mute, Scale
 from tests.test_flow import randomize
 
 FLOW = {"num_levels": 2, "num_steps": 1, "hidden_channels": 4}
@@ -132,9 +132,38 @@ def test_one_prox_for_all_folds_is_written_once_and_stays_one(tmp_path):
     save_checkpoint(tmp_path / "once", solver_of(prox))
     save_checkpoint(tmp_path / "tied", solver_of(prox, prox, prox))
     assert (tmp_path / "tied").stat().st_size < 1.05 * (tmp_path / "once").stat().st_size
-    glow = prox.glow  # two proxes of one flow: the weights come back, in each
+    glow = prox.glow  # two proxes of one flow
     loaded = saved_and_loaded(tmp_path, solver_of(GlowProx(glow), GlowProx(glow)))
-    assert torch.equal(loaded.proxes[1].glow(y)[1], glow(y)[1])
+    assert torch.equal(loaded.proxes[1].glow(y)[1], glow(y)[1]) and loaded.proxes[0] is loaded.proxes[1]
+    folds = [Scale(1.0), Scale(2.0)]  # one weight, but proxes that differ
+    folds[1].factor = folds[0].factor
+    assert [p.config["start"] for p in saved_and_loaded(tmp_path, solver_of(*folds)).proxes] == [1.0, 2.0]
+
+
+class Momentum(UnfoldedPGD):
+    pass
+
+
+class OtherFlow(Glow):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make, error",
+    [
+        (lambda: Momentum([Scale(1.0)], torch.zeros(1, 3, 8, 8)), TypeError),
+        (lambda: OtherFlow(**FLOW), TypeError),
+        (lambda: solver_of(GlowProx(OtherFlow(**FLOW))), ValueError),
+    ],
+)
+def test_a_subclass_is_not_saved_as_its_base(tmp_path, make, error):
+    with pytest.raises(error, match="Momentum.*no subclass|OtherFlow.*(no subclass|come back as a Glow)"):
+        save_checkpoint(tmp_path / "m", make())
+
+
+def test_a_buffer_of_doubles_does_not_make_all_double(tmp_path):
+    loaded = saved_and_loaded(tmp_path, solver_of(Blurred(1.0)))
+    assert loaded.step_size.dtype == torch.float32 and loaded.proxes[0].blur.kernel.dtype == torch.float64
 
 
 def test_tied_folds_train(tmp_path):

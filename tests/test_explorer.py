@@ -30,6 +30,7 @@ from companion.records import data_of
 from companion.training import model_path
 from flowlib import Blur, Denoising, Glow, GlowProx, Inpainting, UNetProx, UnfoldedPGD, psnr, save_checkpoint
 from flowlib.export import export_onnx
+from flowlib.glow import set_compute_dtype
 from flowlib.images import to_tensor
 from tests.test_flow import randomize
 
@@ -100,6 +101,11 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"for square images, not \(8, 12\)"):
         export_onnx(oblong, "deblurring", tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
+    solver = small_solver()
+    export_onnx(solver, "denoising", tmp_path / "a.onnx")
+    set_compute_dtype(solver, torch.bfloat16)  # of a training on the way; the file is float32 either way
+    export_onnx(solver, "denoising", tmp_path / "b.onnx")
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
 @pytest.mark.parametrize("scale", ["tanh", "sigmoid"])

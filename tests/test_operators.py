@@ -89,6 +89,21 @@ def test_masks_of_all_images_or_of_each(shape):
     assert torch.equal(Inpainting.from_mask(mask).A(x), x * mask)
 
 
+def test_noise_of_a_composition_can_be_changed():
+    composed, x = Inpainting(3, 8) @ Blur(), torch.zeros(1, 3, 8, 8)
+    assert composed.measure(x).abs().max() == 0
+    composed.sigma = 0.1
+    assert composed.first.sigma == 0 and composed.second.sigma == composed.sigma == 0.1
+    assert composed.measure(x, torch.Generator().manual_seed(0)).std() > 0.05
+
+
+def test_a_mask_is_the_operators_own():
+    mask = torch.ones(8, 8)
+    operator = Inpainting.from_mask(mask)
+    mask[:] = 0
+    assert operator.mask.all()
+
+
 def test_sizes_from_numpy():
     assert torch.equal(Inpainting(np.int64(3), np.int64(8)).mask, Inpainting(3, (8, 8)).mask)
 

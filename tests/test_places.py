@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -68,10 +69,12 @@ def test_npm_is_tried_again_where_it_failed(tmp_path, monkeypatch, npm, fetched)
 def test_what_killed_processes_wrote_is_cleaned(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    for name in (f".a[1].json.{gone.pid}.tmp", f".a[1].json.{os.getppid()}.tmp", f".b.json.{gone.pid}.tmp"):
+    host, lives = socket.gethostname(), os.getppid()
+    left = {f".a[1].json.{host}.{lives}.tmp", f".b.json.{host}.{gone.pid}.tmp"}  # the other is another file's
+    left |= {f".a[1].json.elsewhere.{gone.pid}.tmp"}  # of another machine, which may still be at it
+    for name in (f".a[1].json.{host}.{gone.pid}.tmp", *left):
         (tmp_path / name).touch()
     write_atomically(tmp_path / "a[1].json", lambda path: path.write_bytes(b"new"))
-    left = {f".a[1].json.{os.getppid()}.tmp", f".b.json.{gone.pid}.tmp"}  # one lives, one is another file's
     assert {path.name for path in tmp_path.iterdir()} == {"a[1].json"} | left
 
 

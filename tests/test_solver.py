@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from flowlib import Denoising, Glow, GlowProx, Inpainting, ResNetProx, UNetProx, UnfoldedPGD, psnr, ssim
+from flowlib import (
+    Denoising,
+    Glow,
+    GlowProx,
+    Inpainting,
+    LinearOperator,
+    ResNetProx,
+    UNetProx,
+    UnfoldedPGD,
+    psnr,
+    ssim,
+)
 from flowlib.images import dequantize, to_tensor, to_uint8
 from flowlib.solver import find_nonfinite_fold
 from tests.test_flow import randomize
@@ -202,6 +213,48 @@ def test_types_of_measurements():
     for metric in (psnr, ssim):
         with pytest.raises(ValueError, match="floating-point images, got torch.uint8"):
             metric((255 * y).to(torch.uint8), (255 * y).to(torch.uint8))
+
+
+class Fourier(LinearOperator):
+    """As in MRI: complex measurements of real images."""
+
+    def A(self, x):
+        return torch.fft.fft2(x, norm="ortho")
+
+    def A_adjoint(self, y):
+        return torch.fft.ifft2(y, norm="ortho").real
+
+
+class Doubled(LinearOperator):
+    def A(self, x):
+        return x.double()
+
+    A_adjoint = A
+
+
+def test_complex_measurements():
+    solver, (x, _, _) = small_solver(), measurement()
+    x_hat = solver(Fourier().measure(x), Fourier())
+    torch.testing.assert_close(x_hat, solver(x, Denoising(0.0)))  # a unitary A: the step is that of A = 1
+    with pytest.raises(ValueError, match="torch.complex128 do not fit a solver of torch.float32"):
+        solver.float()(Fourier().measure(x), Fourier())
+
+
+def test_an_operator_of_another_type_is_named():
+    solver, (_, _, y) = small_solver().float(), measurement()
+    with pytest.raises(ValueError, match="A_adjoint gave torch.float64, the solver is of torch.float32"):
+        solver(y.float(), Doubled())
+
+
+def test_operators_in_a_module_list():
+    solver, (_, operator, y) = small_solver(), measurement()
+    several = torch.nn.ModuleList([operator] * solver.num_folds)
+    assert torch.equal(solver(y, several), solver(y, operator))
+
+
+def test_scalars_lie_where_the_initial_guess_does():
+    solver = UnfoldedPGD([GlowProx(Glow(1, 1, 4))], torch.zeros(1, 3, 8, 8, device="meta"))
+    assert solver.step_size.device.type == solver.shrinkage.device.type == "meta"
 
 
 def test_batches_of_no_image():

@@ -17,7 +17,7 @@ import data
 from companion import runs, tables, training
 from companion.experiment import Experiment
 from companion.training import build_solver, model_path
-from flowlib import Glow, UNetProx, load_checkpoint
+from flowlib import Glow, ResNetProx, UNetProx, load_checkpoint
 from flowlib.checkpoints import load_tensors, save_tensors
 from flowlib.operators import Denoising
 from flowlib.training import (
@@ -224,7 +224,14 @@ def test_the_setting_that_differs_is_named(tmp_path, change, message):
     [
         *((name, 0) for name in ("num_steps", "batch_size", "validate_every", "val_images")),
         *((name, -1) for name in ("num_steps", "lr", "scalar_lr", "patience", "checkpoint_minutes")),
-        *(("num_steps", 2.5), ("lr", "fast"), ("lr", math.nan), ("mirror", "no"), ("shrinkage", -2)),
+        *(
+            ("num_steps", 2.5),
+            ("lr", "fast"),
+            ("lr", math.nan),
+            ("mirror", "no"),
+            ("shrinkage", -2),
+            ("clip_norm", 0),
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(name, value):
@@ -318,6 +325,32 @@ def test_a_run_that_falls_apart_goes_on_from_its_best_weights(tmp_path):
             0,
             tmp_path / "b",
         )
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_negative_loss_may_rise_and_fall(tmp_path, sign):
+    """A log-likelihood or a PSNR as the loss: what is three times the best of a positive one."""
+    values = iter([-5.0, -4.9, -4.95, 6.0] if sign < 0 else [5.0, 14.9, 4.0, 12.1])
+    _, summary = small_fit(tmp_path, validation_loss=lambda: next(values))
+    assert [restart["step"] for restart in summary["restarts"]] == [12]
+
+
+def test_frozen_batch_norms_stay_as_they_are(tmp_path):
+    net, x = ResNetProx(4, 1), torch.rand(8, 3, 8, 8)
+    free = torch.nn.Parameter(torch.ones(()))
+    net(x)
+    net.requires_grad_(False)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    settings = Training(num_steps=2, batch_size=2, lr=0.1, validate_every=1)
+    model = torch.nn.Module()
+    model.net, model.free = net, free
+
+    def loss(batch):
+        return (free * net(batch)).square().mean()
+
+    groups = [{"params": (p for p in [free])}]  # a generator, and no rate of its own, as torch.optim takes
+    fit(model, groups, lambda i, _: (x[i],), loss, lambda: loss(x), settings, 8, 0, str(tmp_path))
+    assert free != 1 and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_noisy_pretraining_goes_on_from_the_clean_flow(smoke):
