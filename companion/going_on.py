@@ -66,4 +66,4 @@ def outcome(task: str, records: list[dict]) -> tuple[str, str] | None:
     rival = min(above, key=lambda method: above[method][0])
     mean, width = above[rival]
     verdict = "not distinguishable" if abs(mean) <= width else "replicated" if mean > 0 else "the opposite"
-    return verdict, f"{signed(mean)} ± {width:.2f} dB against the {METHODS[rival].short}"
+    return verdict, f"{signed(mean)} ± {width:.2f} dB ({METHODS[rival].short})"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from companion import front, gallery, paths, records, tables
+from companion import front, gallery, going_on, paths, records, tables
 from data.portraits import portraits
 from flowlib import psnr
 from flowlib.checkpoints import load_tensors
@@ -31,6 +31,30 @@ def test_the_bottom_line_follows_the_records():
     assert f"Of all {len(claims)} orders" in last
     replicated = sum(row["Verdict"] == "replicated" for row in claims)
     assert replicated and f"{replicated} came out as printed" in last and "1 seed, like its rivals" in last
+
+
+def test_more_training_may_change_the_verdict(monkeypatch):
+    found = three("inpainting", 33, 32, 31) + three("deblurring", 34, 30, 35) + three("denoising", 19, 25, 26)
+    assert front.with_more_training(found) == []  # none of these has gone on
+    now = {"inpainting": ("not distinguishable", "+0.10 ± 0.20 dB (U-Net)")}
+    now["deblurring"] = "the opposite", "−0.50 ± 0.10 dB (ResNet)"
+    monkeypatch.setattr(front.going_on, "outcome", lambda task, _: now.get(task))
+    (told,) = front.with_more_training(found)
+    assert told.startswith("**With more training it is ≈ in inpainting.**")
+    assert told.endswith("+0.10 ± 0.20 dB (U-Net) in inpainting and −0.50 ± 0.10 dB (ResNet) in deblurring.")
+    del now["inpainting"]
+    assert front.with_more_training(found)[0].startswith("**The same with more training.**")
+
+
+def test_solvers_that_went_on_are_recorded_ones():
+    found = records.recorded()
+    for task in front.MAIN_TASKS:
+        for row, (method, went_on) in zip(going_on.rows(task, found), going_on.gone_on(task, found).items()):
+            start = next(r for r in found if r.get("settings_hash") == went_on["settings_hash"])
+            assert start["method"] == method and went_on["fixed_norms"] == (method != "glow")
+            assert went_on["before"]["mean"] == pytest.approx(start["psnr"]["mean"], abs=0.02)
+            assert went_on["images_seen"] > start["training"]["images_seen"]
+            assert (row["GLOW above it, dB"] == "–") == (method not in going_on.lead(task, found))
 
 
 def test_the_bottom_line_leads_to_its_numbers():
