@@ -49,6 +49,7 @@ class Composition(LinearOperator):
 
     @property
     def sigma(self) -> float:
+        """The second operator's."""
         return self.second.sigma
 
     @sigma.setter
