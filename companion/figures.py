@@ -60,19 +60,28 @@ STYLE = {
 }
 
 
-def styled(plot):
-    """Draws with STYLE, and takes the figure from pyplot, so that a notebook shows it once: as the cell's
+# Plots are inverted in the book's dark theme, which photographs must not be: theirs have no ground of their
+# own, and a grey that can be read on both.
+ON_ANY_GROUND = STYLE | {"figure.facecolor": "none", "axes.facecolor": "none"}
+ON_ANY_GROUND |= {"text.color": "#767676", "axes.labelcolor": "#767676"}
+
+
+def styled(plot, style=STYLE):
+    """Draws with a style, and takes the figure from pyplot, so that a notebook shows it once: as the cell's
     value."""
 
     @functools.wraps(plot)
     def wrapper(*args, **kwargs):
-        with plt.rc_context(STYLE):
+        with plt.rc_context(style):
             figure = plot(*args, **kwargs)
             figure.canvas.draw()  # lays the figure out while the style is in force
         plt.close(figure)
         return figure
 
     return wrapper
+
+
+photographs = functools.partial(styled, style=ON_ANY_GROUND)
 
 
 def as_svg(figure):
@@ -89,7 +98,7 @@ def pixels(image):
     return to_uint8(image[None])[0] if isinstance(image, torch.Tensor) else np.asarray(image)
 
 
-@styled
+@photographs
 def image_grid(columns, below=None, row_labels=None, width=WIDTH):
     """Images side by side: {title: images of one column}. below: {title: one text an image}, row_labels: one
     a row; width in inches."""
@@ -131,10 +140,11 @@ def mosaic(images, num_columns, gap=2):
     return np.concatenate(rows)
 
 
-@styled
+@photographs
 def contact_sheet(images, num_columns=8):
     """Images of one size, num_columns a row."""
-    sheet = mosaic(images, num_columns)
+    gaps = mosaic([np.zeros_like(pixels(image)) for image in images], num_columns)
+    sheet = np.dstack([mosaic(images, num_columns), 255 - gaps[..., 0]])
     figure, axis = plt.subplots(figsize=(WIDTH, WIDTH * sheet.shape[0] / sheet.shape[1]))
     axis.imshow(sheet, interpolation="nearest")
     axis.axis("off")
@@ -453,7 +463,7 @@ def every_run(task, edition, records):
     ]
 
 
-@styled
+@photographs
 def fold_diagram(y, x0, folds, numbers, original):
     """The folds of one image as a diagram: each row one fold, the image after its data step, the path through
     the latent space, and the image after its prox. numbers: what records.describe_folds says of the image."""
@@ -489,7 +499,7 @@ def fold_diagram(y, x0, folds, numbers, original):
         norms = rf"$\Vert \tilde{{z}} \Vert$ = {row['latent_norm_tilde']:.0f}" + "\n÷ (1 + λ)\n"
         norms += rf"$\Vert z \Vert$ = {row['latent_norm']:.0f}"
         box, middle = dict(boxstyle="round,pad=0.35", fc="#EAF5F1", ec=COLOURS["glow"]), top - 0.9
-        axis.text(centre, middle, norms, ha="center", va="center", fontsize=10, bbox=box)
+        axis.text(centre, middle, norms, ha="center", va="center", fontsize=10, bbox=box, color=INK)
         arrow((left + side + 0.03, middle), (centre - 0.58, middle), "$f_k$")
         arrow((centre + 0.58, middle), (right - 0.03, middle), "$g_k$")
     axis.set(xlim=(0, WIDTH), ylim=(bottom, side + 0.3))
