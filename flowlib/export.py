@@ -114,7 +114,7 @@ def _prox(graph, glow, x, shrinkage, weights):
     return x, graph("Sqrt", squares)
 
 
-def _apply(graph, task, x, adjoint=False):
+def _apply(graph, task, x, mask, adjoint=False):
     """A x, or Aᵀ x."""
     if task == "deblurring":
         transposed = graph("Transpose", "blur", perm=[1, 0])
@@ -122,18 +122,18 @@ def _apply(graph, task, x, adjoint=False):
         return graph("MatMul", graph("MatMul", left, x), right)
     if task == "denoising":
         return x
-    measured = graph("Cast", "mask", to=TensorProto.BOOL)
+    measured = graph("Cast", mask, to=TensorProto.BOOL)
     return graph("Where", measured, x, graph.constant(np.float32(0)))  # 0 * NaN would be NaN
 
 
 @torch.no_grad()
 def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
     """Writes the solver of a task, "denoising", "inpainting" or "deblurring", as an ONNX file for one image.
-    Inputs: y (1, C, H, W); mask (1, 1, H, W) for inpainting, blur (H, H) for deblurring of square images
-    (`Blur.matrix`); step_size and shrinkage (K,), so that they can be moved. Outputs: folds (K, C, H, W), the
-    images x_k, and latent_norms (K,), ``‖f_k(x̃_k)‖``. Raises ValueError for another task, and for a
-    solver without flows, with flows of unequal sizes or another scale rule than "tanh", with
-    `literal_last_fold`, or of images that are not square for deblurring."""
+    Inputs: y (1, C, H, W); for inpainting mask (K, 1, H, W), what each fold believes was measured; for
+    deblurring of square images blur (H, H) (`Blur.matrix`); step_size and shrinkage (K,), so that they can be
+    moved. Outputs: folds (K, C, H, W), the images x_k, and latent_norms (K,), ``‖f_k(x̃_k)‖``. Raises
+    ValueError for another task, and for a solver without flows, with flows of unequal sizes or another scale
+    rule than "tanh", with `literal_last_fold`, or of images that are not square for deblurring."""
     if not all(isinstance(prox, GlowProx) for prox in solver.proxes):
         raise ValueError("only solvers with a flow can be exported: others have no shrinkage to move")
     flows = [prox.glow for prox in copy.deepcopy(solver.proxes).cpu().float()]
@@ -144,7 +144,7 @@ def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
         raise ValueError("only solvers whose flows are all of one size can be exported")
     if config["scale"] != "tanh" or np.any(config["contiguous_squeeze"]):
         raise ValueError(f"only the rule 'tanh' and the usual squeeze can be exported, not {config}")
-    data = dict(denoising={}, inpainting={"mask": [1, 1, *solver.x0.shape[2:]]})
+    data = dict(denoising={}, inpainting={"mask": [solver.num_folds, 1, *solver.x0.shape[2:]]})
     data |= dict(deblurring={"blur": solver.x0.shape[2:]})
     if task not in data:
         raise ValueError(f"a task is denoising, inpainting or deblurring, not {task!r}")
@@ -155,17 +155,19 @@ def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
     graph, num_folds, (_, *shape) = _Graph(), solver.num_folds, solver.x0.shape
     levels = [_weights(graph, level) for level in zip(*(flow.levels for flow in flows))]
 
-    def one_fold(body, x, step_size, shrinkage, *weights):
-        residual = body("Sub", "y", _apply(body, task, x))
-        x = body("Add", x, body("Mul", step_size, _apply(body, task, residual, adjoint=True)))
-        names = iter(weights)
+    def one_fold(body, x, step_size, shrinkage, *rest):
+        names = iter(rest)
         parts = [[list(itertools.islice(names, len(part))) for part in level] for level in levels]
+        mask = next(names, None)
+        residual = body("Sub", "y", _apply(body, task, x, mask))
+        x = body("Add", x, body("Mul", step_size, _apply(body, task, residual, mask, adjoint=True)))
         x, norm = _prox(body, flows[0], x, shrinkage, parts)
         return [x, body("Squeeze", x, body.constant(np.int64([0]))), norm]
 
     weights = [name for level in levels for part in level for name in part]
+    masks = ["mask"] if task == "inpainting" else []
     x0 = graph.constant(solver.x0.cpu().float())
-    _, *results = graph.scan(one_fold, x0, ["step_size", "shrinkage", *weights])
+    _, *results = graph.scan(one_fold, x0, ["step_size", "shrinkage", *weights, *masks])
     inputs = {"y": [1, *shape], **data[task], "step_size": [num_folds], "shrinkage": [num_folds]}
     outputs = {"folds": [num_folds, *shape], "latent_norms": [num_folds]}
     for result, name in zip(results, outputs):

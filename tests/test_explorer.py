@@ -56,7 +56,7 @@ def test_an_exported_solver_answers_as_pytorch_does(task, num_folds, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "solver.onnx")
     given = {
         "denoising": {},
-        "inpainting": {"mask": Inpainting(19).mask[None, None]},
+        "inpainting": {"mask": Inpainting(19).mask.expand(num_folds, 1, -1, -1)},
         "deblurring": {"blur": Blur(5.0).matrix(64, torch.zeros(1))},
     }[task]
     for seed, (scale, shift) in enumerate([(1.0, 0.0), (0.4, 0.1), (1.5, -0.03)]):
@@ -76,7 +76,7 @@ def test_an_exported_solver_does_not_look_at_blocked_pixels(tmp_path):
     export_onnx(small_solver(), "inpainting", tmp_path / "solver.onnx")
     session, mask = onnxruntime.InferenceSession(tmp_path / "solver.onnx"), Inpainting(19).mask
     y = to_tensor(data.draw_faces(range(1)))
-    inputs = {"mask": mask[None, None].numpy(), "step_size": np.float32([0.5, 0.5])}
+    inputs = {"mask": mask.expand(2, 1, -1, -1).numpy(), "step_size": np.float32([0.5, 0.5])}
     inputs |= {"shrinkage": np.float32([0.1, 0.1])}
     first, second = (
         session.run(None, inputs | {"y": torch.where(mask.bool(), y, blocked).numpy()})[0]

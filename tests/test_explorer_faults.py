@@ -209,6 +209,58 @@ def test_trained_values_restore_everything(open_page, folder):
     assert explorer(page, "e.table.rows") == of_grid
 
 
+def test_a_painted_mask_stays_until_it_is_cleared(open_page, folder):
+    page = live(open_page, folder)
+    trained = explorer(page, "Array.from(e.mask)")
+    canvas = page.locator(".panels canvas").first
+    width = canvas.bounding_box()["width"]
+    canvas.click(position={"x": width / 8, "y": width / 8})  # pixel (8, 8)
+    painted = explorer(page, "Array.from(e.mask)")
+    assert painted[8 * 64 + 8] == 0 and painted != trained
+    move(page, "μ fold 2", 1.9)
+    move(page, "hole", 30)
+    page.get_by_role("button", name="Trained values").click()
+    assert explorer(page, "Array.from(e.mask)") == painted and explorer(page, "e.mu") == explorer(
+        page, "e.task.mu"
+    )
+    page.locator("input[value='1']").check(force=True)
+    page.locator("input[value=denoising]").check(force=True)
+    status(page, "cut off")
+    page.locator("input[value=inpainting]").check(force=True)
+    status(page, "Live: the solver runs")
+    assert explorer(page, "Array.from(e.mask)") == painted
+    page.get_by_role("button", name="Clear mask").click()
+    assert explorer(page, "Array.from(e.mask)") == trained
+
+
+def test_sliders_reach_what_was_trained(open_page, folder):
+    html = html_of(folder, "runtime.mjs").replace('"mu": [0.5, 0.5]', '"mu": [0.5, 2.469]')
+    page = open_page(html)
+    status(page, "Live: the solver runs")
+    page.locator("summary").click()
+    slider = page.get_by_label("μ fold 2", exact=True)
+    assert float(slider.input_value()) == pytest.approx(2.469, abs=0.01)
+    assert float(slider.get_attribute("max")) >= 1.5 * 2.469
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_what_is_wrong_with_a_photo_is_said_beside_its_button(open_page, folder, width):
+    page = open_page(
+        f"<meta name=viewport content='width=device-width'>{html_of(folder, 'runtime.mjs')}", width=width
+    )
+    status(page, "Live: the solver runs")
+    file = page.locator("input[type=file]")
+    file.set_input_files({"name": f"{'notes' * 20}.png", "mimeType": "image/png", "buffer": b"only text"})
+    alert = page.get_by_role("alert")
+    alert.wait_for()
+    ours, its = alert.bounding_box(), page.locator(".own").bounding_box()
+    assert "is no image" in alert.inner_text() and abs(ours["y"] - its["y"]) < 100
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    file.set_input_files({"name": "face.png", "mimeType": "image/png", "buffer": picture()})
+    page.wait_for_selector("dialog[open]")
+    assert alert.count() == 0  # nothing is said
+
+
 def test_readouts_and_what_is_said_of_sliders(open_page, folder):
     page = live(open_page, folder)
     page.locator("summary").click()

@@ -20,6 +20,7 @@ from PIL import Image
 import data
 from companion.experiment import Experiment
 from companion.explorer.page import SCALES, SHIFTS, grid, measure, normals, shown, solve_with
+from companion.records import last_fold_only
 from flowlib import Blur, Denoising, Inpainting, psnr
 from flowlib.images import to_tensor
 from tests.conftest import CHROMIUM, ROOT, SMOKE_BUILD
@@ -122,6 +123,10 @@ def check(page, task, operator, y=None):
     return state
 
 
+def last_fold_told(operator):
+    return last_fold_only(Inpainting(19), operator, load_solver("inpainting").num_folds)
+
+
 def config():
     return json.loads((EXPERIMENT.build / "explorer/config.json").read_text())
 
@@ -167,18 +172,20 @@ def test_noise_blur_and_hole(live):
     check(live, "deblurring", Blur(0.6), Blur(0.6).A(face()))
     choose(live, "inpainting")
     move(live, "hole", 30)
-    check(live, "inpainting", Inpainting(30), Inpainting(30).A(face()))
+    check(live, "inpainting", last_fold_told(Inpainting(30)), Inpainting(30).A(face()))
     # The plots follow what is measured now.
     rows = "document.querySelector('.flow-explorer').explorer.table.rows"
     row = f"{rows}[{SHIFTS.index(0)}]"
     live.wait_for_function(f"{row}.filter(Number.isFinite).length === {len(SCALES)}", timeout=60_000)
     solver, y = load_solver("inpainting"), Inpainting(30).A(face())
     with torch.no_grad():
-        moved = solve_with(solver, 0.5 * solver.step_size, solver.shrinkage, y, Inpainting(30))
+        operators = last_fold_told(Inpainting(30))
+        moved = solve_with(solver, 0.5 * solver.step_size, solver.shrinkage, y, operators)
     assert live.evaluate(f"{row}[{SCALES.index(0.5)}]") == pytest.approx(psnr(moved, face()).item(), abs=0.02)
 
 
 def test_a_mask_is_painted(live):
+    live.locator(".panels").scroll_into_view_if_needed()
     box = live.locator(".panels canvas").first.bounding_box()
     live.mouse.move(box["x"] + 0.1 * box["width"], box["y"] + 0.1 * box["height"])
     live.mouse.down()
@@ -186,8 +193,15 @@ def test_a_mask_is_painted(live):
     live.mouse.up()
     mask = torch.tensor(settled(live)["mask"]).reshape(64, 64)
     assert mask[6, 12] == 0 and mask[32, 32] == 0 and mask[50, 12] == 1
-    state = check(live, "inpainting", Inpainting.from_mask(mask))
+    painted = Inpainting.from_mask(mask)
+    state = check(live, "inpainting", last_fold_told(painted))
     assert image(state["y"])[0, :, 6, 12].abs().max() == 0
+    live.get_by_role("button", name="Hole told to: last fold").click()
+    assert check(live, "inpainting", painted)["folds"] != state["folds"]
+    live.get_by_role("button", name="Clear mask").click()
+    live.get_by_role("button", name="Hole told to: all folds").click()
+    check(live, "inpainting", Inpainting(19), Inpainting(19).A(face()))
+    assert live.request.get(live.get_by_role("link", name="holes of other shapes").evaluate("a => a.href")).ok
 
 
 def picture(size, kind):
@@ -220,8 +234,8 @@ def test_own_photos(live):
     assert (image(state["x"]) - to_tensor(np.asarray(middle)[None])).abs().mean() < 0.02
 
     photo.set_input_files({"name": "notes.png", "mimeType": "image/png", "buffer": b"only text"})
-    live.wait_for_function("document.querySelector('.status').textContent.includes('notes.png')")
-    assert "is no image that this browser can read" in live.locator(".status").inner_text()
+    live.wait_for_function("document.querySelector('[role=alert]').textContent.includes('notes.png')")
+    assert "is no image that this browser can read" in live.get_by_role("alert").inner_text()
     assert live.evaluate(STATE)["x"] == state["x"]
 
 

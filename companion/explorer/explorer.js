@@ -3,6 +3,7 @@
 
 const SIZE = 64, PIXELS = SIZE * SIZE;
 const LARGEST = 1024; // pixels of a photo's shorter side
+const USE = "../book/use.html#a-picture-to-end-with"; // from the book's page
 // Where aligned CelebA, cropped as data.prepare() crops it, has eyes and mouth: parts of the width and height.
 const EYES = [[0.365, 0.515], [0.63, 0.515]], MOUTH = [0.39, 0.61, 0.79];
 
@@ -152,7 +153,7 @@ function curve(svg, positions, values, trained, now, label) {
 
 class Explorer {
   constructor(config, root) {
-    Object.assign(this, { config, root, sessions: {}, live: false, busy: false, generation: 0 });
+    Object.assign(this, { config, root, sessions: {}, live: false, busy: false, generation: 0, strokes: [], lastOnly: true });
     this.ready = this.start().catch((error) => this.say(`The explorer could not be loaded: ${error.message ?? error}.`));
   }
 
@@ -199,6 +200,7 @@ class Explorer {
     const file = element("input", { type: "file", accept: "image/*" });
     file.addEventListener("change", () => { this.takePhoto(file.files[0]); file.value = ""; });
     this.own = element("label", { class: "own live" }, "Your photo…", file);
+    this.problem = element("p", { class: "problem", role: "alert" });
     const dragging = (over) => (event) => { event.preventDefault(); root.classList.toggle("is-dragging", over); };
     ["dragover", "dragleave", "drop"].forEach((name) => root.addEventListener(name, dragging(name === "dragover")));
     root.addEventListener("drop", (event) => this.takePhoto(event.dataTransfer.files[0]));
@@ -215,7 +217,10 @@ class Explorer {
       mu: slider("step size μ", { min: scales[0], max: scales.at(-1) }, (v) => this.moveAll(v, this.shift)),
       lambda: slider("shrinkage λ", { min: shifts[0], max: shifts.at(-1) }, (v) => this.moveAll(this.scale, v)),
     };
-    this.reset = button("Trained values", () => this.restore());
+    this.reset = button("Trained values", () => {
+      if (!this.live) this.strokes = []; // there is no button to clear them
+      this.restore();
+    });
     const svg = () => { const node = document.createElementNS("http://www.w3.org/2000/svg", "svg"); node.setAttribute("viewBox", "0 0 190 106"); return node; };
     this.curves = { mu: svg(), lambda: svg() };
     this.plots = element("div", { class: "curves" }, this.curves.mu, this.curves.lambda);
@@ -224,7 +229,7 @@ class Explorer {
     this.each = element("details", { class: "each live" }, element("summary", { textContent: "Each fold on its own" }));
     this.status = element("p", { class: "status", role: "status" });
     this.button = button;
-    root.replaceChildren(this.taskChoice, this.about, element("div", { class: "choices" }, this.imageChoice, this.own, this.cropAgain),
+    root.replaceChildren(this.taskChoice, this.about, element("div", { class: "choices" }, this.imageChoice, this.own, this.cropAgain, this.problem),
       this.cropper, element("div", { class: "panels" }, ...panels),
       this.controls, element("div", { class: "sliders" }, this.common.mu.row, this.common.lambda.row, this.reset),
       this.plots, this.foldStrip, this.each, this.status);
@@ -251,18 +256,25 @@ class Explorer {
     this.restore();
   }
 
-  // The measurement and all scalars as they were trained.
+  // The measurement and all scalars as they were trained; what was painted stays.
   restore() {
-    const { task } = this;
-    Object.assign(this, { sigma: task.sigma, hole: task.hole, sigmaB: task.sigma_b, seed: this.image, changed: false });
-    this.mask = this.hole ? squareMask(this.hole) : null;
+    const { task, strokes } = this;
+    Object.assign(this, { sigma: task.sigma, hole: task.hole, sigmaB: task.sigma_b, seed: this.image });
+    this.changed = Boolean(task.hole) && strokes.length > 0;
+    this.makeMask();
     this.buildControls();
     this.root.classList.toggle("is-paintable", this.live && Boolean(this.mask));
     this.moveAll(1, 0);
   }
 
+  // The square hole, and over it what was painted: 0 where hidden, 1 where restored, nothing elsewhere.
+  makeMask() {
+    this.mask = this.task.hole ? squareMask(this.hole).map((v, i) => this.strokes[i] ?? v) : null;
+  }
+
   chooseImage(index, update) {
     this.image = index;
+    this.problem.textContent = "";
     this.x = this.originals[index];
     Object.assign(this, { seed: index, photo: false });
     this.cropAgain.hidden = true;
@@ -271,12 +283,17 @@ class Explorer {
 
   async takePhoto(file) {
     if (!file) return;
-    if (!this.live) return this.say("Your own photo needs the live solver, which is not running here.");
+    const refuse = (message) => {
+      this.problem.textContent = message;
+      this.problem.scrollIntoView({ block: "nearest" }); // a photo may be dropped far below
+    };
+    this.problem.textContent = "";
+    if (!this.live) return refuse("Your own photo needs the live solver, which is not running here.");
     let bitmap;
     try {
       bitmap = await createImageBitmap(file);
     } catch {
-      return this.say(`“${file.name}” is no image that this browser can read. Choose a PNG, JPEG or WebP file.`);
+      return refuse(`“${file.name}” is no image that this browser can read. Choose a PNG, JPEG or WebP file.`);
     }
     const shrink = Math.min(1, LARGEST / Math.min(bitmap.width, bitmap.height)); // so that dragging stays smooth
     const [width, height] = [bitmap.width, bitmap.height].map((v) => Math.max(1, Math.round(v * shrink)));
@@ -358,8 +375,9 @@ class Explorer {
       const box = canvas.getBoundingClientRect(), radius = 2.5;
       const column = (event.clientX - box.left) / box.width * SIZE, row = (event.clientY - box.top) / box.height * SIZE;
       for (let i = 0; i < PIXELS; i++)
-        if (Math.hypot(i % SIZE + 0.5 - column, Math.floor(i / SIZE) + 0.5 - row) < radius) this.mask[i] = this.restoring ? 1 : 0;
+        if (Math.hypot(i % SIZE + 0.5 - column, Math.floor(i / SIZE) + 0.5 - row) < radius) this.strokes[i] = this.restoring ? 1 : 0;
       this.changed = true;
+      this.makeMask();
       this.update();
     };
     canvas.addEventListener("pointerdown", (event) => {
@@ -374,14 +392,18 @@ class Explorer {
 
   buildControls() {
     const { task, slider, button } = this, change = (act) => (value) => { act(value); this.changed = true; this.update(); };
+    const told = () => `Hole told to: ${this.lastOnly ? "last fold" : "all folds"}`;
     const rows = {
       denoising: () => [
         slider("noise σ", { min: 0, max: 0.4, step: 0.01, value: this.sigma }, change((v) => { this.sigma = v; }), (v) => v.toFixed(2)).row,
         button("New noise", change(() => { this.seed += this.config.labels.length; }))],
       inpainting: () => [
-        slider("hole", { min: 0, max: 40, step: 1, value: this.hole }, change((v) => { this.mask = squareMask(v); }), (v) => `${v} × ${v}`).row,
+        slider("hole", { min: 0, max: 40, step: 1, value: this.hole }, change((v) => { this.hole = v; this.makeMask(); }), (v) => `${v} × ${v}`).row,
         this.brush = button("Brush: hide", () => { this.restoring = !this.restoring; this.brush.textContent = this.restoring ? "Brush: restore" : "Brush: hide"; }),
-        element("span", { class: "hint", textContent: "Paint on the measurement." })],
+        button("Clear mask", change(() => { this.strokes = []; this.makeMask(); })),
+        this.told = button(told(), change(() => { this.lastOnly = !this.lastOnly; this.told.textContent = told(); })),
+        element("span", { class: "hint" }, `Paint on the measurement. Trained on one square of ${task.hole} × ${task.hole}, the solver fills `,
+          "little of what is hidden outside it: ", element("a", { href: USE, textContent: "holes of other shapes" }), ".")],
       deblurring: () => [slider("blur σ_b", { min: 0.3, max: 10, step: 0.1, value: this.sigmaB }, change((v) => { this.sigmaB = v; }), (v) => v.toFixed(1)).row],
     };
     this.restoring = false;
@@ -389,12 +411,12 @@ class Explorer {
   }
 
   buildFolds() {
-    const { task, slider } = this;
+    const { task, slider } = this, largest = this.config.scales.at(-1) * Math.max(...task.mu); // that of all folds together reaches
     this.folds = task.mu.map((_, k) => ({ canvas: newCanvas(`Image after fold ${k + 1}`), caption: element("span") }));
     this.foldStrip.replaceChildren(...this.folds.map(({ canvas, caption }, k) =>
       element("div", { class: "panel" }, canvas, element("div", { class: "caption" }, `fold ${k + 1}`, element("br"), caption))));
     this.foldSliders = task.mu.map((_, k) => ({
-      mu: slider(`μ fold ${k + 1}`, { min: 0, max: 2, step: 0.01 }, (v) => this.moveFold("mu", k, v)),
+      mu: slider(`μ fold ${k + 1}`, { min: 0, max: Math.max(2, largest), step: 0.01 }, (v) => this.moveFold("mu", k, v)),
       lambda: slider(`λ fold ${k + 1}`, { min: -0.5, max: 1, step: 0.005 }, (v) => this.moveFold("lambda", k, v)),
     }));
     this.each.replaceChildren(this.each.firstChild, ...this.foldSliders.flatMap((pair) => [pair.mu.row, pair.lambda.row]));
@@ -413,7 +435,10 @@ class Explorer {
   }
 
   operatorData() {
-    if (this.task.task === "inpainting") return { mask: [this.mask.slice(), [1, 1, SIZE, SIZE]] };
+    if (this.task.task === "inpainting") {
+      const { task: { mu, hole }, mask, lastOnly } = this, masks = mu.map((_, k) => (lastOnly && k < mu.length - 1 ? squareMask(hole) : mask));
+      return { mask: [masks.flatMap((m) => [...m]), [mu.length, 1, SIZE, SIZE]] };
+    }
     return this.task.task === "deblurring" ? { blur: [blurMatrix(this.sigmaB, this.task.kernel_size), [SIZE, SIZE]] } : {};
   }
 
@@ -422,9 +447,9 @@ class Explorer {
     if (!this.task || !this.x) return;
     this.generation++;
     this.moved = performance.now();
-    const { x, photo, changed } = this, { shifts } = this.config, y = this.measure();
-    if (x !== this.table?.x || !y.every((v, i) => v === this.y[i])) // PSNR at the grid's positions: known, or to be found
-      this.table = { x, rows: photo || changed ? shifts.map(() => []) : this.task.psnr[this.image].map((row) => row.map((v) => v ?? NaN)) };
+    const { x, photo, changed, lastOnly } = this, { shifts } = this.config, y = this.measure();
+    if (x !== this.table?.x || lastOnly !== this.table.lastOnly || !y.every((v, i) => v === this.y[i])) // PSNR at the grid's positions: known, or to be found
+      this.table = { x, lastOnly, rows: photo || changed ? shifts.map(() => []) : this.task.psnr[this.image].map((row) => row.map((v) => v ?? NaN)) };
     this.y = y;
     draw(this.canvases.measurement, this.y);
     draw(this.canvases.original, this.x);

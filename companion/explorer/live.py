@@ -181,7 +181,7 @@ class Explorer(widgets.VBox):
                 widgets.FloatSlider(
                     value=value,
                     min=-0.995,
-                    max=3,
+                    max=max(3, 2 * max(values)),  # as far as all of them together go
                     step=0.005,
                     description=f"{name} {k}",
                     readout_format=".3f",
