@@ -596,7 +596,9 @@ def verdicts(name, edition, task, kept, others=()):
     """HTML: tables.claims of one task."""
     rows = claims(name, edition, kept, others, task)
     rows = [{key: cell for key, cell in row.items() if key not in ("Task", "Page")} for row in rows]
-    return html_table(rows, "What the paper concludes from its table, and what the recorded runs say.")
+    caption = "What the paper concludes from its table, and what the recorded runs say."
+    alone = any("¹" in row["Ours, dB"] for row in rows)
+    return html_table(rows, caption + " ¹ One seed of each: ± is over images alone." * alone)
 
 
 def on_this_page(name, edition, task, kept, here):
