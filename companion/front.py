@@ -120,16 +120,18 @@ def bottom_line(records: list[dict]) -> list[str]:
 def with_more_training(records: list[dict]) -> list[str]:
     """What the main claim comes to where each solver goes on (see going_on), in a paragraph; [] where none
     did."""
+    words = {"replicated": "as printed", "the opposite": "the other way round"}
+    words["not distinguishable"] = "too close to call"
     run, told, changed = comparison(records, "v2"), [], []
     for task in MAIN_TASKS:
         now = going_on.outcome(task, records)
         if now:
             told.append(f"{now[1]} in {task}")
             if now[0] != decided(CLAIMS[0], task, run)[0]:
-                changed.append(f"{MARKS[now[0]]} in {task}")
+                changed.append(f"{task} is {words[now[0]]}")
     if not told:
         return []
-    verdicts = f"With more training it is {listed(changed)}." if changed else "The same with more training."
+    verdicts = f"With more training {listed(changed)}." if changed else "The same with more training."
     return [
         f"**{verdicts}** Each of these solvers went on for 900 steps, the rivals with BatchNorm fixed to its "
         "averages, as it had held them back ({doc}`choices`). The flow is then, against the better rival, "

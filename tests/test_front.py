@@ -40,7 +40,7 @@ def test_more_training_may_change_the_verdict(monkeypatch):
     now["deblurring"] = "the opposite", "−0.50 ± 0.10 dB (ResNet)"
     monkeypatch.setattr(front.going_on, "outcome", lambda task, _: now.get(task))
     (told,) = front.with_more_training(found)
-    assert told.startswith("**With more training it is ≈ in inpainting.**")
+    assert told.startswith("**With more training inpainting is too close to call.**")
     assert told.endswith("+0.10 ± 0.20 dB (U-Net) in inpainting and −0.50 ± 0.10 dB (ResNet) in deblurring.")
     del now["inpainting"]
     assert front.with_more_training(found)[0].startswith("**The same with more training.**")
