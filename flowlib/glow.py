@@ -27,9 +27,12 @@ def _without_autocast(method):
             raise RuntimeError("replicas of nn.DataParallel have no parameters: use DistributedDataParallel")
         if weight.device.type == "meta" or not torch.is_autocast_enabled(weight.device.type):
             return method(self, *inputs, **options)
-        if inputs:  # an image or latents, which autocast may have made 16 bits wide
-            x, *rest = inputs
-            inputs = (x.to(weight.dtype) if isinstance(x, Tensor) else [z.to(weight.dtype) for z in x], *rest)
+
+        def cast(x):  # an image or latents, which autocast may have made 16 bits wide
+            return x.to(weight.dtype) if isinstance(x, Tensor) else [z.to(weight.dtype) for z in x]
+
+        inputs = (*map(cast, inputs[:1]), *inputs[1:])
+        options |= {name: cast(options[name]) for name in ("x", "latents") if name in options}
         with torch.autocast(weight.device.type, enabled=False):
             return method(self, *inputs, **options)
 

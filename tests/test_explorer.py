@@ -250,6 +250,9 @@ def test_sliders_move_the_solver(experiment):
     assert explorer.psnr == pytest.approx(before)
     explorer.setting.value = 30  # a larger hole
     assert explorer.psnr["measurement"] < before["measurement"]
+    with torch.no_grad():  # the last fold alone is told
+        expected = solver(Inpainting(30).A(x), [operator] * (solver.num_folds - 1) + [Inpainting(30)])
+    assert explorer.psnr[f"fold {solver.num_folds}"] == pytest.approx(psnr(expected, x).item(), abs=1e-3)
     explorer.reset.click()
     assert explorer.setting.value == 19 and explorer.psnr == pytest.approx(before)
 

@@ -138,7 +138,7 @@ def test_autocast_leaves_the_affine_maps_alone(mode):
         loss = LOSSES["both"](glow, t)
         if mode == "reversible":
             loss.backward()
-        latents, log_det = glow(x.bfloat16())
+        latents, log_det = glow(x=x.bfloat16())  # as a keyword, too
         assert latents[0].dtype == log_det.dtype == torch.float32
         prox = GlowProx(glow)(x, 0.1)
     if mode != "reversible":  # what autograd itself does going back, autocast would do in 16 bits

@@ -19,6 +19,7 @@ from PIL import Image
 import data
 from companion import figures, gallery
 from companion.explorer.page import measure, solve_with
+from companion.records import last_fold_only
 from companion.runs import load
 from companion.settings import METHODS, TASKS
 from companion.training import model_path
@@ -287,10 +288,13 @@ class Explorer(widgets.VBox):
             return
         index = self.image.value - 1
         x = self.own if self.own is not None else self.images[index : index + 1]
-        operator = SETTINGS[TASKS[self.task.value].kind][2](self.setting.value)
+        make = SETTINGS[TASKS[self.task.value].kind][2]
+        told = operator = make(self.setting.value)
+        if isinstance(operator, Inpainting):  # as on the book's page
+            told = last_fold_only(make(self._trained_setting()), operator, self.solver.num_folds)
         y = measure(operator, x, index + self._noise)
         scalars = {name: torch.tensor([s.value for s in sliders]) for name, sliders in self.sliders.items()}
-        x_hat, folds = solve_with(self.solver, scalars["μ"], scalars.get("λ"), y, operator, return_folds=True)
+        x_hat, folds = solve_with(self.solver, scalars["μ"], scalars.get("λ"), y, told, return_folds=True)
         shown = {"measurement": y} | {f"fold {k}": fold.x for k, fold in enumerate(folds, start=1)}
         self.psnr = {name: psnr(image, x).item() for name, image in shown.items()}
         error = (x_hat - x).abs().mean(dim=1, keepdim=True).expand_as(x) * 4 - 0.5
