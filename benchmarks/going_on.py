@@ -13,11 +13,9 @@ from companion.experiment import Experiment
 from companion.files import write_json
 from companion.paths import RESULTS
 from companion.provenance import provenance
-from companion.records import measured, reconstruct, statistics
+from companion.records import psnr_on_test, statistics
 from companion.runs import ensure, load
 from companion.training import device, fit_solver
-from flowlib import psnr
-from flowlib.images import to_tensor
 
 
 class FixedNorm(nn.Module):
@@ -41,13 +39,6 @@ def fix_norms(model):
             fix_norms(child)
 
 
-def quality(experiment, run, solver):
-    """PSNR of the test images, measured as for the run's record."""
-    x = to_tensor(experiment.split("test"))
-    y, operator = measured(run.task, x, run.seed)
-    return statistics(psnr(reconstruct(solver, operator, y)[0], x).tolist())
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", default="deblurring-unet")
@@ -63,7 +54,7 @@ def main():
     run = experiment.runs()[args.run]
     ensure(experiment, run)
     solver = load(experiment, run).requires_grad_(True).to(device())
-    before = quality(experiment, run, solver)
+    before = statistics(psnr_on_test(experiment, run, solver).tolist())
     if args.fixed_norms:
         fix_norms(solver)
     name = f"{run.name}-{'fixed-norms' if args.fixed_norms else 'going-on'}"
@@ -78,7 +69,7 @@ def main():
         "settings_hash": run.settings_hash,
         "fixed_norms": args.fixed_norms,
         "before": before,
-        "psnr": quality(experiment, run, solver),
+        "psnr": statistics(psnr_on_test(experiment, run, solver).tolist()),
         "training": summary,
         "trained": started,
     }

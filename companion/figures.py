@@ -423,8 +423,8 @@ def beside_paper(task, methods, paper, kept, here, evaluation=None):
     def ours(record):
         if record is None or record["kind"] == "failed":
             return "diverged" if record else "not run"
-        text, each = plus_minus(part(record, evaluation)["psnr"]), seeds(record, evaluation).split(": ")
-        return f"{text}, mean of {each[0]} seeds ({each[1]})" if len(each) > 1 else text
+        text, each = plus_minus(part(record, evaluation)["psnr"]), seeds(record, evaluation)
+        return f"{text}, mean over seeds ({each})" if each != "1" else text
 
     def seen(record):
         return f"{record['training']['images_seen']:,}" if record else "–"

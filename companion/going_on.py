@@ -8,7 +8,7 @@ import numpy as np
 from companion.paths import RESULTS
 from companion.records import comparison, mean_and_interval
 from companion.settings import METHODS
-from companion.tables import Link, plus_minus, signed, spread_of_seeds
+from companion.tables import Comparison, Link, paper_table, plus_minus, spread_of_seeds, verdict
 
 FOLDER = "benchmarks/going_on"
 
@@ -28,15 +28,19 @@ def gone_on(task: str, records: list[dict]) -> dict[str, dict]:
     return found
 
 
-def lead(task: str, records: list[dict]) -> dict[str, tuple[float, float]]:
-    """{rival: (by how many dB the flow is above it, half the 95 % interval)}, over images and, as in
-    tables.compare, over seeds, of which each has one here."""
+def lead(task: str, records: list[dict]) -> dict[str, Comparison]:
+    """{rival: how far the flow is above it}, over images and, as in tables.compare, over seeds, of which each
+    has one here."""
     values = {method: r["psnr"]["values"] for method, r in gone_on(task, records).items()}
-    flow = values.pop("glow", None)
+    flow, paper = values.pop("glow", None), paper_table("I", "v2")
     solvers = [r for r in comparison(records, "v2") if r["kind"] == "solver" and r["task"] == task]
     spread = spread_of_seeds(solvers, None, (1, 1))
-    pairs = {method: mean_and_interval(np.subtract(flow, v)) for method, v in values.items() if flow}
-    return {method: (mean, float(np.hypot(width, spread))) for method, (mean, width) in pairs.items()}
+    found = {}
+    for method, of_rival in values.items() if flow else ():
+        mean, width = mean_and_interval(np.subtract(flow, of_rival))
+        printed = paper[task, "glow"] - paper[task, method]
+        found[method] = Comparison(mean, float(np.hypot(width, spread)), printed, (1, 1), "", not spread)
+    return found
 
 
 def rows(task: str, records: list[dict]) -> list[dict]:
@@ -49,9 +53,7 @@ def rows(task: str, records: list[dict]) -> list[dict]:
             "Images seen": f"{r['images_seen']:,}",
             "As recorded, dB": plus_minus(r["before"]),
             "Now, dB": Link(plus_minus(r["psnr"]), f"../records/{FOLDER}/{r['name']}"),
-            "GLOW above it, dB": f"{signed(above[method][0])} ± {above[method][1]:.2f}"
-            if method in above
-            else "–",
+            "GLOW above it, dB": above[method].text if method in above else "–",
         }
         for method, r in gone_on(task, records).items()
     ]
@@ -63,7 +65,5 @@ def outcome(task: str, records: list[dict]) -> tuple[str, str] | None:
     above = lead(task, records)
     if not {"unet", "resnet"} <= set(above):
         return None
-    rival = min(above, key=lambda method: above[method][0])
-    mean, width = above[rival]
-    verdict = "not distinguishable" if abs(mean) <= width else "replicated" if mean > 0 else "the opposite"
-    return verdict, f"{signed(mean)} ± {width:.2f} dB ({METHODS[rival].short})"
+    rival = min(above, key=lambda method: above[method].difference)
+    return verdict(above[rival]), f"{above[rival].text} dB ({METHODS[rival].short})"

@@ -291,11 +291,11 @@ def _evaluate_solver(experiment, run, solver):
     )
 
 
-def mean_psnr(experiment, run, solver) -> float:
-    """Of the test images, measured as all evaluations measure them."""
+def psnr_on_test(experiment, run, solver):
+    """Of each test image, measured as all evaluations measure them, (N,)."""
     x = to_tensor(experiment.split("test"))
     y, operator = measured(run.task, x, run.seed)
-    return psnr(reconstruct(solver.to(device()), operator, y)[0], x).mean().item()
+    return psnr(reconstruct(solver.to(device()), operator, y)[0], x)
 
 
 def verify(build="build"):
@@ -328,7 +328,7 @@ def verify(build="build"):
             value = bits_per_dim(model, x, experiment.seed).mean().item()
         else:
             expected, tolerance = record["psnr"]["mean"], 0.02
-            value = mean_psnr(experiment, run, model)
+            value = psnr_on_test(experiment, run, model).mean().item()
         yield row | {"recorded": expected, "found": value, "agrees": abs(value - expected) <= tolerance}
 
 

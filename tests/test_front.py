@@ -49,6 +49,7 @@ def test_more_training_may_change_the_verdict(monkeypatch):
 def test_solvers_that_went_on_are_recorded_ones():
     found = records.recorded()
     for task in front.MAIN_TASKS:
+        assert set(going_on.lead(task, found)) == {"unet", "resnet"}
         for row, (method, went_on) in zip(going_on.rows(task, found), going_on.gone_on(task, found).items()):
             start = next(r for r in found if r.get("settings_hash") == went_on["settings_hash"])
             assert start["method"] == method and went_on["fixed_norms"] == (method != "glow")

@@ -117,7 +117,7 @@ def about(record):
         f" {name} ({data['split']['train']:,} images, {training['images_seen']:,} seen with repeats):"
         f" {record['psnr']['mean']:.2f} dB on {len(record['psnr']['values'])} test images,"
         " before its weights were rounded for this page, which costs less than 0.02 dB on average over test"
-        " images; on a single face it can change up to about 0.2 dB, either way."
+        " images; a single face can change by more, either way."
     )
 
 
