@@ -73,7 +73,7 @@ def main():
         "training": summary,
         "trained": started,
     }
-    write_json(RESULTS / "benchmarks/going_on" / f"{name}.json", record)
+    write_json(RESULTS / "benchmarks/going_on" / experiment.key / f"{name}.json", record)
 
 
 if __name__ == "__main__":

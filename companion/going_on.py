@@ -19,12 +19,12 @@ def gone_on(task: str, records: list[dict]) -> dict[str, dict]:
     seen = {r.get("settings_hash"): r["training"]["images_seen"] for r in records if "training" in r}
     found = {}
     for method in METHODS:
-        path = RESULTS / FOLDER / f"{task}-{method}-{'going-on' if method == 'glow' else 'fixed-norms'}.json"
-        if path.exists():
+        name = f"{task}-{method}-{'going-on' if method == 'glow' else 'fixed-norms'}.json"
+        for path in (RESULTS / FOLDER).glob(f"*/{name}"):
             r = json.loads(path.read_text(encoding="utf-8"))
             if r["settings_hash"] in seen:
                 images = seen[r["settings_hash"]] + r["training"]["images_seen"]
-                found[method] = r | {"name": path.name, "images_seen": images}
+                found[method] = r | {"place": f"{path.parent.name}/{name}", "images_seen": images}
     return found
 
 
@@ -52,7 +52,7 @@ def rows(task: str, records: list[dict]) -> list[dict]:
             "Seed": r["experiment"]["seed"],
             "Images seen": f"{r['images_seen']:,}",
             "As recorded, dB": plus_minus(r["before"]),
-            "Now, dB": Link(plus_minus(r["psnr"]), f"../records/{FOLDER}/{r['name']}"),
+            "Now, dB": Link(plus_minus(r["psnr"]), f"../records/{FOLDER}/{r['place']}"),
             "GLOW above it, dB": above[method].text if method in above else "–",
         }
         for method, r in gone_on(task, records).items()

@@ -99,7 +99,7 @@ def test_what_is_said_of_batchnorm_is_what_its_records_say():
         assert f"ended at {found[name]['psnr']['mean']:.2f} dB" in text
         for restart in found[name]["training"]["restarts"]:
             assert f"{restart['step']:,}" in text
-    on = record("going_on/deblurring-unet-fixed-norms.json")
+    on = record("going_on/cpu-celeba-s0/deblurring-unet-fixed-norms.json")
     assert f"from the {on['before']['mean']:.2f} dB" in text and f"end at {on['psnr']['mean']:.2f} dB" in text
     assert on["before"]["mean"] == pytest.approx(found["set-back"]["psnr"]["mean"], abs=0.01)
     losses = [row["val_loss"] for row in on["training"]["history"]]
