@@ -5,7 +5,7 @@ import ast
 import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from companion.paths import ROOT
 from flowlib import Blur, Denoising, Inpainting, LinearOperator
@@ -336,9 +336,12 @@ class Run:
 
     @functools.cached_property
     def settings_hash(self) -> str:
-        """Ten hexadecimal digits of the settings. How often a run saves itself changes no number."""
+        """Ten hexadecimal digits of the settings. How often a run saves itself changes no number; a setting
+        that is not in FIRST_SETTINGS counts where it differs from its default, so that a new one leaves the
+        hashes of recorded runs as they are."""
         content = self.as_dict()
-        del content["training"]["checkpoint_minutes"]
+        content = _without_new_defaults(content, Run, FIRST_SETTINGS)
+        content["training"] = _without_new_defaults(content["training"], Training, FIRST_TRAINING_SETTINGS)
         return _digest(content)
 
     @property
@@ -348,6 +351,22 @@ class Run:
         return f"{self.name}-{_digest([self.settings_hash, training_code()])}"
 
 
+# What the hashes of the first recorded runs were made of.
+FIRST_SETTINGS = (
+    "kind name dataset seed images network config training start noisy task operator method frozen edition "
+    "num_folds"
+).split()
+FIRST_TRAINING_SETTINGS = (
+    "num_steps batch_size lr scalar_lr warmup_steps cosine clip_norm weight_decay shrinkage validate_every "
+    "val_images mirror patience max_restarts bf16"
+).split()
+
+
+def _without_new_defaults(content: dict, of: type, first: list[str]) -> dict:
+    defaults = {f.name: f.default for f in fields(of)} | {"checkpoint_minutes": content.get("checkpoint_minutes")}
+    return {name: value for name, value in content.items() if name in first or value != defaults[name]}
+
+
 def _digest(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -355,7 +374,7 @@ def _digest(content) -> str:
 @functools.cache
 def training_code() -> str:
     """Hash of the code that trained weights depend on."""
-    method = ("layers", "glow", "reversible", "operators", "prox", "solver", "training", "images")
+    method = ("layers", "glow", "reversible", "operators", "prox", "precision", "solver", "training", "images")
     return _code_hash([*(f"flowlib/{name}.py" for name in method), "companion/training.py"])
 
 
@@ -366,17 +385,22 @@ def evaluation_code() -> str:
 
 
 def _code_hash(files) -> str:
-    """Comments, docstrings and layout do not count."""
-    trees = []
-    for name in files:
-        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                if isinstance(getattr(body[0].value, "value", None), str):
-                    node.body = body[1:]
-        trees.append(ast.dump(tree))
-    return _digest(trees)
+    """Comments, docstrings and layout do not count, nor does the version of Python, whose ast.dump differs."""
+    return _digest([_plain(ast.parse((ROOT / name).read_text(encoding="utf-8"))) for name in files])
+
+
+def _plain(node):
+    """A syntax tree as lists; fields that are empty, such as those that a newer Python adds, are left out."""
+    if isinstance(node, list):
+        return [_plain(item) for item in node if not _is_docstring(item)]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    children = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return [type(node).__name__, *([name, _plain(value)] for name, value in children)]
+
+
+def _is_docstring(node):
+    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
 
 
 def choose(table: dict, key: str, what: str):

@@ -3,10 +3,11 @@
 __version__ = "0.1.0"
 
 from flowlib.checkpoints import load_checkpoint, save_checkpoint
-from flowlib.glow import Glow, set_compute_dtype, set_memory
+from flowlib.glow import Glow, set_memory
 from flowlib.glowip import load_glowip
 from flowlib.metrics import psnr, ssim
 from flowlib.operators import Blur, Denoising, Inpainting, LinearOperator
+from flowlib.precision import set_compute_dtype
 from flowlib.prox import GlowProx, Prox, ResNetProx, UNetProx
 from flowlib.solver import UnfoldedPGD
 

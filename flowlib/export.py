@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from flowlib.files import write_atomically
-from flowlib.glow import set_compute_dtype
+from flowlib.precision import set_compute_dtype
 from flowlib.layers import fold
 from flowlib.prox import GlowProx
 from flowlib.solver import UnfoldedPGD

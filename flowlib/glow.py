@@ -195,14 +195,6 @@ def standard_normal_log_prob(latents: Sequence[Tensor]) -> Tensor:
     return sum(-0.5 * (s + math.log(2 * math.pi)).sum(dim=(1, 2, 3)) for s in squares)
 
 
-def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Lets every coupling net, U-Net and ResNet in the model compute in dtype (bfloat16; None: as the input).
-    Weights, affine maps and log-determinants keep their precision."""
-    for module in model.modules():
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype = dtype
-
-
 MEMORY_MODES = ("plain", "reversible", "checkpoint")
 
 

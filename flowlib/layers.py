@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowlib.precision import bf16_pays
+
 LogDet = Tensor | None  # None where it is not asked for
 Mapped = tuple[Tensor, LogDet]
 
@@ -172,8 +174,9 @@ class CouplingNet(nn.Module):
         """(B, in_channels, H, W) -> (B, out_channels, H, W). convs: one of what fold_nets gives."""
         *first, (weight, bias) = convs or fold_nets([self])[0]
         h = _channels_last(x, weight.dtype)
-        fused = h.device.type == "cpu" and h.dtype in (torch.float32, torch.bfloat16) and not _transformed(h)
-        fused = fused and not torch.is_grad_enabled() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        known = h.dtype == torch.float32 or h.dtype == torch.bfloat16 and bf16_pays()
+        fused = h.device.type == "cpu" and known and not torch.is_grad_enabled() and not _transformed(h)
+        fused = fused and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         for layer, padding in zip(first, (1, 0)):
             if fused:
                 # The ReLU is done while the result is still in the cache: a quarter of the time in bfloat16.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from flowlib.checkpoints import load_state, load_tensors, part_of, save_tensors
 from flowlib.files import as_json, write_atomically
-from flowlib.glow import set_compute_dtype
+from flowlib.precision import bf16_pays, set_compute_dtype
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class Training:
     """Settings of one training. The rate rises over warmup_steps and, with cosine, falls to 0 at num_steps;
     clip_norm: the largest norm of a gradient (inf: any); patience: validations without improvement before it
     stops; max_restarts: how often a run that broke down goes on from its best weights at half the rate. For
-    the caller of fit: lr, of the networks; scalar_lr, of μ and λ; shrinkage: where λ starts; val_images; and
-    mirror: half of the images, at random, are mirrored left to right."""
+    bf16: networks compute in bfloat16 where the machine is faster so (precision.bf16_pays); fixed_norms: the
+    last part of the steps, from 0 to 1, in which BatchNorm normalises by its averages, as it does afterwards.
+    For the caller of fit: lr, of the networks; scalar_lr, of μ and λ; shrinkage: where λ starts; val_images;
+    and mirror: half of the images, at random, are mirrored left to right."""
 
     num_steps: int
     batch_size: int
@@ -48,6 +50,7 @@ class Training:
     max_restarts: int = 3
     bf16: bool = True
     checkpoint_minutes: float = 5
+    fixed_norms: float = 0.0
 
     def __post_init__(self) -> None:
         """ValueError that names the first setting that is of another type or too small."""
@@ -60,6 +63,8 @@ class Training:
                 kind = field.type.__name__
                 raise ValueError(f"{field.name} must be of type {kind} and at least {least}, not {value!r}")
             object.__setattr__(self, field.name, field.type(value))  # JSON knows none of NumPy's numbers
+        if self.fixed_norms > 1:
+            raise ValueError(f"fixed_norms is a part of the steps, from 0 to 1, not {self.fixed_norms}")
 
 
 class Diverged(FloatingPointError):
@@ -97,20 +102,26 @@ def learning_rate_factor(step: int, settings: Training, restarts: Sequence[dict]
     return warmup * decay * 0.5 ** len(restarts)
 
 
-def _train(model):
-    """model.train(), but for frozen BatchNorms: their averages are part of what shall stay."""
+def _batch_norms(model):
+    """Every kind: of one, two and three dimensions, and over several processes."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def _train(model, fixed_norms=False):
+    """model.train(), but for BatchNorms that are frozen, whose averages must stay, or all with fixed_norms."""
     model.train()
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d) and norm.affine and not norm.weight.requires_grad:
+    for norm in _batch_norms(model):
+        if fixed_norms or norm.affine and not norm.weight.requires_grad:
             norm.eval()
 
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, loss: Callable[..., Tensor], batches: Iterable[tuple[Tensor, ...]]) -> None:
     """Makes the averages that BatchNorm evaluates with anew, from these batches at the present weights. Those
-    kept during training lag behind weights that still move, and in a chain of folds the lag multiplies."""
+    kept during training lag behind weights that still move, and in a chain of folds the lag multiplies. Leaves
+    the model in training mode."""
     _train(model)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    norms = [norm for norm in _batch_norms(model) if norm.training and norm.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -155,25 +166,34 @@ def fit(
     del own["checkpoint_minutes"]  # changes no weight
     run = _Run(model, groups, loss, settings, as_json(own), Path(directory))
     run.resume()
-    state = run.state
-    set_compute_dtype(model, torch.bfloat16 if settings.bf16 else None)
+    state, fixed_from = run.state, round((1 - settings.fixed_norms) * settings.num_steps)
+    bf16 = settings.bf16 and bf16_pays(run.parameters[0].device.type)
+    set_compute_dtype(model, torch.bfloat16 if bf16 else None)
+    run.note_precision("bfloat16" if bf16 else "float32")
     bar = tqdm(total=settings.num_steps, initial=state["step"], desc=Path(directory).name, mininterval=2)
 
     def batch(step):
         return make_batch(batch_indices(step, settings.batch_size, num_images, seed), step)
 
+    def renew_averages():
+        recalibrate(model, loss, map(batch, range(state["step"], state["step"] + 16)))
+
     try:
         with bar, _interrupts() as interrupted:
             while not run.finished() and not interrupted:
-                value = run.step(batch(state["step"]), explain)
+                fixed_norms = state["step"] >= fixed_from
+                if state["step"] == fixed_from:
+                    renew_averages()
+                value = run.step(batch(state["step"]), explain, fixed_norms)
                 if state["step"] % settings.validate_every == 0 or state["step"] == settings.num_steps:
-                    recalibrate(model, loss, map(batch, range(state["step"], state["step"] + 16)))
+                    if not fixed_norms:
+                        renew_averages()
                     value = run.validate(validation_loss, value)
                     bar.set_postfix(val_loss=f"{value:.5f}")
                 bar.update()
                 if time.monotonic() - run.last_saved >= 60 * settings.checkpoint_minutes:
                     run.save()
-            run.save()  # whoever is killed before the model is used need not train again
+            run.save()  # A kill from here on loses no training.
         if interrupted:
             raise KeyboardInterrupt(f"saved at step {state['step']}: the same call goes on from there")
         model.load_state_dict(run.best)
@@ -205,7 +225,7 @@ class _Run:
         self.identity, self.directory, self.path = identity, directory, directory / "resume.safetensors"
         self.parameters = [p for group in groups for p in group["params"]]
         self.state = dict(step=0, best_loss=math.inf, best_step=0, seconds=0.0, cpu_seconds=0.0, history=[])
-        self.state |= dict(restarts=[], stopped_early=False)
+        self.state |= dict(restarts=[], stopped_early=False, precision=[])
         self.best = copy.deepcopy(model.state_dict())
         self.last_saved = time.monotonic()
         self._clocks = {}
@@ -213,25 +233,31 @@ class _Run:
         self._make_optimizer()
 
     def _make_optimizer(self):
-        self._captured = None
+        self._captured = {}  # the graph of a step, by whether norms are fixed in it
         device = self.parameters[0].device
         # The rate is a tensor so that a captured step can read it.
         groups = [group | {"lr": torch.tensor(float(group["lr"]), device=device)} for group in self.groups]
         options = dict(weight_decay=self.settings.weight_decay, capturable=device.type == "cuda")
         self.optimizer = torch.optim.AdamW(groups, fused=True, **options)
 
+    def note_precision(self, name):
+        """For the record: a run that was moved to another machine may have had both."""
+        if name not in self.state["precision"]:
+            self.state["precision"].append(name)
+
     def finished(self):
         return self.state["step"] >= self.settings.num_steps or self.state["stopped_early"]
 
-    def step(self, batch, explain):
+    def step(self, batch, explain, fixed_norms=False):
         """One step of Adam; the loss."""
         factor = learning_rate_factor(self.state["step"], self.settings, self.state["restarts"])
         for group, given in zip(self.optimizer.param_groups, self.groups):
             group["lr"].fill_(given["lr"] * factor)
-        _train(self.model)
+        _train(self.model, fixed_norms)
         if self.parameters[0].device.type == "cuda":
-            self._captured = self._captured or self._capture(batch)
-            graph, inputs, outputs = self._captured
+            if fixed_norms not in self._captured:
+                self._captured = {fixed_norms: self._capture(batch)}
+            graph, inputs, outputs = self._captured[fixed_norms]
             for kept, new in zip(inputs, batch):
                 kept.copy_(new)
             graph.replay()
