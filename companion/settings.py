@@ -310,7 +310,7 @@ OVERRIDES = ("num_folds", "flow", "unet", "resnet", "num_steps", "lr", "batch_si
 class Run:
     """All that the numbers of one training depend on, the images and the code apart. kind: "flow", "denoiser"
     or "solver"; name: of its folder; network: which, and its configuration; start: the Run whose weights it
-    starts from."""
+    starts from; blind_sigma: each training image has a noise level of its own, uniform from 0 to this."""
 
     kind: str
     name: str
@@ -328,6 +328,7 @@ class Run:
     frozen: bool = False
     edition: str | None = None
     num_folds: int | None = None
+    blind_sigma: float | None = None
 
     def as_dict(self) -> dict:
         """What a record keeps; the run that this one starts from stands as its hash."""
@@ -339,10 +340,9 @@ class Run:
         """Ten hexadecimal digits of the settings. How often a run saves itself changes no number; a setting
         that is not in FIRST_SETTINGS counts where it differs from its default, so that a new one leaves the
         hashes of recorded runs as they are."""
-        content = self.as_dict()
-        content = _without_new_defaults(content, Run, FIRST_SETTINGS)
-        content["training"] = _without_new_defaults(content["training"], Training, FIRST_TRAINING_SETTINGS)
-        return _digest(content)
+        content = _without_new_defaults(self.as_dict(), type(self), FIRST_SETTINGS)
+        of_training = content["training"], type(self.training)
+        return _digest(content | {"training": _without_new_defaults(*of_training, FIRST_TRAINING_SETTINGS)})
 
     @property
     def folder_name(self) -> str:
@@ -363,8 +363,9 @@ FIRST_TRAINING_SETTINGS = (
 
 
 def _without_new_defaults(content: dict, of: type, first: list[str]) -> dict:
-    defaults = {f.name: f.default for f in fields(of)} | {"checkpoint_minutes": content.get("checkpoint_minutes")}
-    return {name: value for name, value in content.items() if name in first or value != defaults[name]}
+    new = {f.name: f.default for f in fields(of) if f.name not in first}
+    new["checkpoint_minutes"] = content.get("checkpoint_minutes")
+    return {name: value for name, value in content.items() if name not in new or value != new[name]}
 
 
 def _digest(content) -> str:
@@ -374,7 +375,7 @@ def _digest(content) -> str:
 @functools.cache
 def training_code() -> str:
     """Hash of the code that trained weights depend on."""
-    method = ("layers", "glow", "reversible", "operators", "prox", "precision", "solver", "training", "images")
+    method = "layers glow reversible operators prox precision solver training images".split()
     return _code_hash([*(f"flowlib/{name}.py" for name in method), "companion/training.py"])
 
 
@@ -385,7 +386,7 @@ def evaluation_code() -> str:
 
 
 def _code_hash(files) -> str:
-    """Comments, docstrings and layout do not count, nor does the version of Python, whose ast.dump differs."""
+    """Comments, docstrings, layout and the version of Python, whose ast.dump differs, do not count."""
     return _digest([_plain(ast.parse((ROOT / name).read_text(encoding="utf-8"))) for name in files])
 
 

@@ -124,23 +124,29 @@ def _train_solver(experiment, run, directory):
     return solver, fit_solver(experiment, run, solver, run.training, directory)
 
 
-def fit_solver(experiment: Experiment, run: Run, solver: UnfoldedPGD, settings: Training, directory) -> dict:
-    """Trains a solver in place on the task and images of run; the summary. Raises Diverged."""
+def fit_solver(
+    experiment: Experiment, run: Run, solver: UnfoldedPGD, settings: Training, directory, loss=None, **options
+) -> dict:
+    """Trains a solver in place on the task and images of run; the summary. Raises Diverged. loss: of (x, y,
+    operator), instead of the mean squared error; options: groups, and what else fit takes."""
     seed, images = run.seed, experiment.images()
     train = to_tensor(experiment.split("train", images))
     val = to_tensor(experiment.split("val", images)[: settings.val_images])
     operator = TASKS[run.task].make_operator(train.shape[-1], **run.operator).to(device())
 
     def measured(x, purpose, step=0):
-        x = x.to(device())
-        return x, operator.measure(x, generator_for(seed, purpose, step))
+        x, generator = x.to(device()), generator_for(seed, purpose, step)
+        if run.blind_sigma and purpose == "measure":
+            sigma = run.blind_sigma * torch.rand(len(x), 1, 1, 1, generator=generator)
+            return x, x + (sigma * torch.randn(x.shape, generator=generator)).to(x)
+        return x, operator.measure(x, generator)
 
     def make_batch(indices, step):
         x = mirrored(train[indices], seed, step) if settings.mirror else train[indices]
         return measured(x, "measure", step)
 
-    def loss(x, y):
-        return (solver(y, operator) - x).square().mean()
+    def training_loss(x, y):
+        return loss(x, y, operator) if loss else (solver(y, operator) - x).square().mean()
 
     def validation_loss():
         losses = []
@@ -153,6 +159,7 @@ def fit_solver(experiment: Experiment, run: Run, solver: UnfoldedPGD, settings: 
     def explain(x, y):
         return find_nonfinite_fold(solver(y, operator, return_folds=True)[1])
 
-    functions = (make_batch, loss, validation_loss)
+    groups = options.pop("groups", None) or parameter_groups(solver, settings)
+    functions = (make_batch, training_loss, validation_loss)
     arguments = (settings, len(train), seed, directory, _identity(run, images), explain)
-    return fit(solver, parameter_groups(solver, settings), *functions, *arguments)
+    return fit(solver, groups, *functions, *arguments, **options)

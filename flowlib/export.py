@@ -13,8 +13,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from flowlib.files import write_atomically
-from flowlib.precision import set_compute_dtype
 from flowlib.layers import fold
+from flowlib.precision import set_compute_dtype
 from flowlib.prox import GlowProx
 from flowlib.solver import UnfoldedPGD
 

@@ -108,7 +108,7 @@ def _batch_norms(model):
 
 
 def _train(model, fixed_norms=False):
-    """model.train(), but for BatchNorms that are frozen, whose averages must stay, or all with fixed_norms."""
+    """model.train(), but for BatchNorms that are frozen, whose averages must stay; or for all of them."""
     model.train()
     for norm in _batch_norms(model):
         if fixed_norms or norm.affine and not norm.weight.requires_grad:
@@ -118,8 +118,8 @@ def _train(model, fixed_norms=False):
 @torch.no_grad()
 def recalibrate(model: nn.Module, loss: Callable[..., Tensor], batches: Iterable[tuple[Tensor, ...]]) -> None:
     """Makes the averages that BatchNorm evaluates with anew, from these batches at the present weights. Those
-    kept during training lag behind weights that still move, and in a chain of folds the lag multiplies. Leaves
-    the model in training mode."""
+    kept during training lag behind weights that still move, and in a chain of folds the lag multiplies. The
+    model is in training mode afterwards."""
     _train(model)
     norms = [norm for norm in _batch_norms(model) if norm.training and norm.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -144,27 +144,36 @@ def fit(
     directory: str | Path,
     identity: dict | None = None,
     explain: Callable[..., str | None] | None = None,
+    make_optimizer: Callable[[list[dict]], torch.optim.Optimizer] | None = None,
 ) -> dict:
     """Trains model in place, by Adam, to the weights that were best on validation; returns a summary.
 
-    groups: optimizer parameter groups, their lr by default settings.lr. make_batch(indices, step) draws a
-    batch, a tuple of tensors, of which loss, given them, makes a scalar; on a GPU a step is captured as a
-    graph, so loss must neither draw nor wait. A BatchNorm whose weights are frozen stays as it is. Writes
-    directory/log.csv and, every settings.checkpoint_minutes, at Ctrl-C and at the end, resume.safetensors,
-    from which training goes on; a finished one of other settings is written over. identity: what else the run
-    depends on, such as the images' hash. A run whose loss or gradient is not finite, or whose validation loss
-    is three times its best (worse than a negative best by twice its size), goes on from its best weights at
-    half the rate. Raises ValueError for fewer images than a batch, or an unfinished resume file of another
-    run; Diverged after settings.max_restarts restarts, with what explain says of the batch as the reason."""
+    groups: optimizer parameter groups, their lr by default settings.lr; make_optimizer: makes another than
+    Adam of them. make_batch(indices, step) draws a batch, a tuple of tensors, of which loss, given them, makes
+    a scalar; on a GPU a step is captured as a graph, so loss must neither draw nor wait. A BatchNorm whose
+    weights are frozen stays as it is. Writes directory/log.csv and, every settings.checkpoint_minutes, at
+    Ctrl-C and at the end, resume.safetensors, from which training goes on; a finished one of other settings
+    is written over. identity: what else the run depends on, such as the images' hash. A run whose loss or
+    gradient is not finite, or whose validation loss is three times its best (worse than a negative best by
+    twice its size), goes on from its best weights at half the rate.
+
+    Raises ValueError for fewer images than a batch, a model in DistributedDataParallel, or an unfinished
+    resume file of another run; Diverged after settings.max_restarts restarts, with what explain says of the
+    batch as the reason."""
     from tqdm.auto import tqdm  # here, so that flowlib needs it for training alone
 
     if num_images < settings.batch_size:
         raise ValueError(f"{num_images} training images are fewer than one batch of {settings.batch_size}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        advice = "give fit the model itself, in one process; or train with a loop of your own"
+        raise ValueError(f"fit trains in one process, and its ranks would draw the same images: {advice}")
     groups = [{"lr": settings.lr} | group | {"params": list(group["params"])} for group in groups]
+    if not all(isinstance(p, Tensor) for group in groups for p in group["params"]):
+        raise ValueError("a group's params must be parameters, as model.parameters() gives, without names")
     options = [group | {"params": len(group["params"])} for group in groups]
     own = asdict(settings) | {"groups": options, "seed": seed, "num_images": num_images} | (identity or {})
     del own["checkpoint_minutes"]  # changes no weight
-    run = _Run(model, groups, loss, settings, as_json(own), Path(directory))
+    run = _Run(model, groups, loss, settings, as_json(own), Path(directory), make_optimizer)
     run.resume()
     state, fixed_from = run.state, round((1 - settings.fixed_norms) * settings.num_steps)
     bf16 = settings.bf16 and bf16_pays(run.parameters[0].device.type)
@@ -220,9 +229,10 @@ def _interrupts() -> Iterator[list]:
 class _Run:
     """The state of one training: what is saved, and how it goes on."""
 
-    def __init__(self, model, groups, loss, settings, identity, directory):
+    def __init__(self, model, groups, loss, settings, identity, directory, make_optimizer):
         self.model, self.groups, self.loss, self.settings = model, groups, loss, settings
         self.identity, self.directory, self.path = identity, directory, directory / "resume.safetensors"
+        self.make_optimizer = make_optimizer or self._adam
         self.parameters = [p for group in groups for p in group["params"]]
         self.state = dict(step=0, best_loss=math.inf, best_step=0, seconds=0.0, cpu_seconds=0.0, history=[])
         self.state |= dict(restarts=[], stopped_early=False, precision=[])
@@ -237,8 +247,12 @@ class _Run:
         device = self.parameters[0].device
         # The rate is a tensor so that a captured step can read it.
         groups = [group | {"lr": torch.tensor(float(group["lr"]), device=device)} for group in self.groups]
-        options = dict(weight_decay=self.settings.weight_decay, capturable=device.type == "cuda")
-        self.optimizer = torch.optim.AdamW(groups, fused=True, **options)
+        self.optimizer = self.make_optimizer(groups)
+
+    def _adam(self, groups):
+        on_gpu = self.parameters[0].device.type == "cuda"
+        decay = self.settings.weight_decay
+        return torch.optim.AdamW(groups, weight_decay=decay, capturable=on_gpu, fused=True)
 
     def note_precision(self, name):
         """For the record: a run that was moved to another machine may have had both."""
@@ -277,7 +291,8 @@ class _Run:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
         loss = loss.detach()
-        self.optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
+        if self.optimizer.defaults.get("fused"):  # others lose their weights, and go on from the best ones
+            self.optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
         self.optimizer.step()
         return loss, norm
 

@@ -30,8 +30,8 @@ from companion.records import data_of
 from companion.training import model_path
 from flowlib import Blur, Denoising, Glow, GlowProx, Inpainting, UNetProx, UnfoldedPGD, psnr, save_checkpoint
 from flowlib.export import export_onnx
-from flowlib.precision import set_compute_dtype
 from flowlib.images import to_tensor
+from flowlib.precision import set_compute_dtype
 from tests.test_flow import randomize
 
 KEPT_RECORDS = gallery.kept_records  # which a fixture hides

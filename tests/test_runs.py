@@ -1,9 +1,12 @@
 """Runs: what is made is found again, what is kept is restored where it fits, and nothing stale is shown."""
 
+import ast
 import json
 import shutil
+import subprocess
 import threading
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from companion.__main__ import main
 from companion.experiment import Experiment
 from companion.training import model_path
 from flowlib.checkpoints import load_tensors
+from flowlib.training import Training
 from tests.conftest import ROOT
 
 
@@ -442,3 +446,41 @@ def test_records_that_are_kept_have_what_the_book_asks_of_them():
             run = experiment.runs()[record["name"]]
             assert record["settings_hash"] == run.settings_hash and record["method"] == run.method, run.name
             assert record["settings"] == run.as_dict()
+
+
+def test_hashes_of_recorded_runs_stay():
+    """A setting that is new must leave them as they are: records and kept models are found by them."""
+    for record in records.recorded():
+        if "settings_hash" in record:
+            run = Experiment(**record["experiment"]).runs()[record["name"]]
+            assert run.settings_hash == record["settings_hash"], record["name"]
+
+
+def test_a_new_setting_counts_where_it_is_not_its_default(smoke):
+    @dataclass(frozen=True)
+    class Newer(Training):
+        novelty: float = 0.5
+
+    run = smoke.solver("inpainting", "unet")
+    of_run = asdict(run.training)
+    assert replace(run, training=Newer(**of_run)).settings_hash == run.settings_hash
+    assert replace(run, training=Newer(**of_run, novelty=0.6)).settings_hash != run.settings_hash
+    assert replace(run, blind_sigma=None).settings_hash == run.settings_hash
+    assert replace(run, blind_sigma=0.3).settings_hash != run.settings_hash
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_other_versions_of_python_have_the_same_hash_of_the_code(version):
+    """Or every run would be trained again after a change of Python."""
+    found = [shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}*/bin/python")]
+    works = [p for p in found if p and not subprocess.run([p, "-c", ""], capture_output=True).returncode]
+    if not works:
+        pytest.skip(f"no Python {version} here")
+    text = (ROOT / "companion" / "settings.py").read_text(encoding="utf-8")
+    parts = ["import ast, functools, hashlib, json, pathlib", f"ROOT = pathlib.Path({str(ROOT)!r})"]
+    for name in ("_digest", "training_code", "_code_hash", "_plain", "_is_docstring"):
+        node = next(n for n in ast.parse(text).body if getattr(n, "name", None) == name)
+        parts.append(ast.unparse(node))
+    script = "\n".join([*parts, "print(training_code())"])
+    done = subprocess.run([works[0], "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == settings.training_code()

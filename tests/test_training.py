@@ -23,6 +23,7 @@ from flowlib.operators import Denoising
 from flowlib.training import (
     Diverged,
     Training,
+    _train,
     batch_indices,
     fit,
     generator_for,
@@ -351,6 +352,115 @@ def test_frozen_batch_norms_stay_as_they_are(tmp_path):
     groups = [{"params": (p for p in [free])}]  # a generator, and no rate of its own, as torch.optim takes
     fit(model, groups, lambda i, _: (x[i],), loss, lambda: loss(x), settings, 8, 0, str(tmp_path))
     assert free != 1 and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm]
+)
+def test_every_kind_of_batch_norm_is_known(kind):
+    """Frozen ones stay, others are recalibrated, and all are fixed where that is asked for."""
+    net = torch.nn.Sequential(kind(2), kind(2, affine=False))
+    net[0].requires_grad_(False)
+    _train(net)
+    assert [norm.training for norm in net] == [False, True]
+    _train(net, fixed_norms=True)
+    assert not any(norm.training for norm in net)
+    seen = []
+    recalibrate(net, lambda *_: seen.append(net[1].momentum), [()] * 3)
+    assert seen == [None] * 3 and net[1].momentum == 0.1
+
+
+def test_norms_are_fixed_in_the_last_part(tmp_path):
+    """A BatchNorm then normalises as in evaluation, by averages made of the weights at that moment."""
+    net, modes, averages = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1)), [], []
+
+    def loss(x):
+        modes.append(net[1].training)
+        averages.append(net[1].running_mean.item())
+        return (net(x) - x).square().mean()
+
+    def make_batch(indices, step):
+        return (torch.randn(8, 1, generator=generator_for(0, "x", step)),)
+
+    settings = Training(num_steps=10, batch_size=8, lr=0.1, validate_every=10, bf16=False, fixed_norms=0.4)
+    fit(net, [{"params": net.parameters()}], make_batch, loss, lambda: 1.0, settings, 8, 0, tmp_path)
+    # six steps, 16 batches for the averages, four steps
+    assert modes == [True] * 22 + [False] * 4
+    assert len(set(averages[:22])) == 21 and len(set(averages[22:])) == 1  # 0 at the start and made anew
+
+
+def test_a_kill_among_fixed_norms_changes_nothing(tmp_path, monkeypatch):
+    """A run that was stopped before, at and after norms are fixed ends with the same weights."""
+    steps = dict(num_steps=10, batch_size=4, validate_every=5, fixed_norms=0.5)
+    settings = Training(**steps, lr=0.1, bf16=False, checkpoint_minutes=0)
+
+    def run(folder, stop_at=None):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+
+        def make_batch(indices, step):
+            seen.append(step)
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return (torch.randn(4, 1, generator=generator_for(0, "x", step)),)
+
+        groups, seen = [{"params": net.parameters()}], []
+        loss = lambda x: (net(x) - x).square().mean()  # noqa: E731
+        try:
+            fit(net, groups, make_batch, loss, lambda: -seen[-1], settings, 4, 0, folder)
+        except KeyboardInterrupt:
+            pass
+        return net.state_dict()
+
+    whole = run(tmp_path / "whole")
+    monkeypatch.setattr("flowlib.training.recalibrate", lambda *_: None)  # its batches would stop it, too
+    plain = run(tmp_path / "plain")
+    assert any(not torch.equal(whole[key], plain[key]) for key in whole)  # the averages matter
+    for stop_at in (4, 5, 7):
+        run(tmp_path / str(stop_at), stop_at)
+        stopped = run(tmp_path / str(stop_at))
+        assert all(torch.equal(plain[key], stopped[key]) for key in plain)
+
+
+EVERY_PRECISION = """
+import sys, tempfile, torch
+from flowlib import Denoising, Glow, GlowProx, UNetProx, UnfoldedPGD, set_memory
+from flowlib.precision import bf16_pays
+from flowlib.training import Training, fit
+glow = Glow(num_levels=2, num_steps=1, hidden_channels=32)
+operator, x = Denoising(0.2), torch.rand(8, 3, 16, 16) - 0.5
+for prox, memory in ((GlowProx(glow), "plain"), (GlowProx(glow), "reversible"), (UNetProx(width=4), "plain")):
+    solver = UnfoldedPGD([prox], torch.zeros(1, 3, 16, 16))
+    set_memory(solver, memory)
+    error = lambda x: (solver(operator.measure(x), operator) - x).square().mean()
+    settings = Training(num_steps=2, batch_size=4, lr=1e-3, validate_every=1)
+    groups, rest = [{"params": solver.parameters()}], (settings, 8, 0, tempfile.mkdtemp())
+    summary = fit(solver, groups, lambda i, step: (x[i],), error, lambda: error(x), *rest)
+    assert summary["steps"] == 2 and not summary["restarts"]
+    assert summary["precision"] == ["bfloat16" if bf16_pays() else "float32"]
+print(bf16_pays())
+"""
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", ""])
+def test_a_training_works_on_every_processor(isa):
+    """With its default settings: in bfloat16 only where the processor is faster so."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"ONEDNN_MAX_CPU_ISA": isa} if isa else {}
+    command = [sys.executable, "-W", "ignore", "-c", EVERY_PRECISION]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert isa != "AVX2" or done.stdout.strip() == "False"
+
+
+def test_what_fit_cannot_train_is_named(tmp_path):
+    net = torch.nn.Linear(1, 1)
+    settings, rest = Training(num_steps=1, batch_size=1, lr=0.1), (None, None, None)
+    with pytest.raises(ValueError, match="without names"):
+        fit(net, [{"params": net.named_parameters()}], *rest, settings, 8, 0, tmp_path)
+    wrapped = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
+    with pytest.raises(ValueError, match="in one process"):
+        fit(wrapped, [], *rest, settings, 8, 0, tmp_path)
 
 
 def test_noisy_pretraining_goes_on_from_the_clean_flow(smoke):

@@ -1,0 +1,232 @@
+"""What makes a flow solver learn: short trainings on one core that differ in one thing each.
+
+A trial is one training of a solver; it may start from where another one ended. Its time is that of the
+processor, with that of the trials it started from; pre-training of the flow, which all share, comes on top.
+Compared is the PSNR of the validation images, as the test images belong to the book's tables.
+
+Run, one a core: OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.recipe --build build NAME ..."""
+
+import argparse
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from companion.experiment import Experiment
+from companion.files import write_json
+from companion.paths import RESULTS
+from companion.provenance import provenance
+from companion.runs import ensure, load
+from companion.settings import Run
+from companion.training import PROXES, fit_solver, parameter_groups
+from flowlib import GlowProx, UnfoldedPGD, load_checkpoint, save_checkpoint
+from flowlib.training import Diverged, Training
+
+VALIDATIONS = 6  # a trial
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training. start: "flow", "flow-noisy", None (fresh weights) or the trial whose solver it starts
+    from; folds that this one has beyond that start as the identity (λ = 0), with step size new_step. x0:
+    "zero" or "mode" (g(0)). fold_loss: weight of a loss on every fold, falling to 0 at half of the steps.
+    tied: folds share one network. by_width: a convolution of more than 64 input channels has the rate times
+    64 / channels."""
+
+    task: str
+    num_steps: int
+    batch_size: int
+    lr: float
+    network: str = "glow"
+    num_folds: int = 1
+    start: str | None = "flow"
+    x0: str = "zero"
+    step_size: float = 1.0
+    shrinkage: float = 0.1
+    new_step: float = 0.1
+    optimizer: str = "adam"
+    clip_norm: float = 0.1
+    blind_sigma: float | None = None
+    fixed_norms: float = 0.0
+    fold_loss: float = 0.0
+    tied: bool = False
+    by_width: bool = False
+    config: dict | None = None
+    seed: int = 0
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but for groups with "orthogonal": those take steps of the momentum's nearest orthogonal matrix
+    (Jordan et al. 2024), 0.2 sqrt(larger side) times the rate, so that Adam's rates serve (Liu et al. 2025).
+    torch.optim.Muon takes matrices alone, and computes in bfloat16, which few processors do fast."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"] if group.get("orthogonal") else ():
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                update = nearest_orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))
+                p.sub_(update.view_as(p), alpha=float(group["lr"]) * 0.2 * math.sqrt(max(update.shape)))
+                p.grad = None  # Adam leaves it alone then
+        super().step(closure)
+
+
+def nearest_orthogonal(matrix, steps=5):
+    """By Newton-Schulz iterations of fifth order, singular values end between 0.7 and 1.2."""
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / (x.norm() + 1e-12)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+def _d(num_steps, batch_size, lr, **changes):
+    return Trial("denoising", num_steps, batch_size, lr, **changes)
+
+
+def _i(num_steps, batch_size, lr, **changes):
+    return Trial("inpainting", num_steps, batch_size, lr, **changes)
+
+
+# Five minutes each: which optimizer and rate, on one fold.
+TRIALS = (
+    {f"screen-adam-{lr:g}": _d(700, 4, lr) for lr in (2e-4, 4e-4, 8e-4)}
+    | {f"screen-muon-{lr:g}": _d(600, 4, lr, optimizer="muon") for lr in (2e-4, 5e-4, 1e-3)}
+    | {
+        "screen-adam-4e-4-by-width": _d(700, 4, 4e-4, by_width=True),
+        "screen-adam-4e-4-batch-2": _d(1100, 2, 4e-4),
+        "screen-adam-4e-4-batch-8": _d(400, 8, 4e-4),
+        "screen-noisy-adam-4e-4": _d(700, 4, 4e-4, start="flow-noisy"),
+    }
+)
+
+
+def build(experiment: Experiment, trial: Trial, models) -> UnfoldedPGD:
+    """The solver that a trial trains. models: the folder of finished trials' solvers."""
+    torch.manual_seed(trial.seed)
+    if trial.start in TRIALS:
+        first = load_checkpoint(models / f"{trial.start}.safetensors").requires_grad_(True)
+        proxes, x0 = list(first.proxes), first.x0
+        steps, shrinkage = first.step_size.tolist(), first.shrinkage
+        shrinkage = shrinkage.tolist() if isinstance(shrinkage, torch.Tensor) else [0.0] * len(proxes)
+        more = trial.num_folds - len(proxes)
+        proxes += [copy.deepcopy(proxes[-1]) for _ in range(more)]
+        steps, shrinkage = steps + [trial.new_step] * more, shrinkage + [0.0] * more
+    else:
+        if trial.network == "glow":
+            flow = experiment.flow(trial.start == "flow-noisy")
+            ensure(experiment, flow)
+            prox = GlowProx(load(experiment, flow).requires_grad_(True))
+        else:
+            prox = PROXES[trial.network](**trial.config or getattr(experiment.profile, trial.network))
+        proxes = [prox, *([prox] if trial.tied else [copy.deepcopy(prox)]) * (trial.num_folds - 1)]
+        if trial.network != "glow":
+            proxes = [PROXES[trial.network](**prox.config) for _ in proxes]
+        x0 = torch.zeros(1, 3, 64, 64) if trial.x0 == "zero" else prox.glow.mode(64).detach()
+        steps, shrinkage = trial.step_size, trial.shrinkage
+    return UnfoldedPGD(proxes, x0, step_size=steps, shrinkage=shrinkage)
+
+
+def groups_of(solver: UnfoldedPGD, trial: Trial, settings: Training) -> list[dict]:
+    """As parameter_groups, with a rate for each width or with matrices apart where the trial wants it."""
+    networks, scalars = parameter_groups(solver, settings)
+    if not trial.by_width and trial.optimizer == "adam":
+        return [networks, scalars]
+    groups = {}
+    for p in networks["params"]:
+        fan_in = p.shape[1] if p.ndim == 4 else 0
+        factor = min(1.0, 64 / fan_in) if trial.by_width and fan_in else 1.0
+        orthogonal = trial.optimizer == "muon" and p.ndim == 4
+        group = {"params": [], "lr": factor * trial.lr, "orthogonal": orthogonal}
+        groups.setdefault((factor, orthogonal), group)["params"].append(p)
+    return [*groups.values(), scalars | {"orthogonal": False}]
+
+
+def fold_loss(solver: UnfoldedPGD, weight: float, num_steps: int) -> Callable:
+    """The loss of x_K, and at first a share of that of all folds."""
+    count = iter(range(10**9))
+
+    def loss(x, y, operator):
+        share = weight * max(0.0, 1 - 2 * next(count) / num_steps)
+        estimate, errors = solver.x0.expand(len(y), -1, -1, -1), []
+        for prox, mu, lam in zip(solver.proxes, solver.step_size, solver.shrinkage):
+            estimate = prox(estimate + mu * operator.A_adjoint(y - operator.A(estimate)), lam)
+            errors.append((estimate - x).square().mean())
+        return errors[-1] + share * sum(errors[:-1])
+
+    return loss
+
+
+def run_of(experiment: Experiment, trial: Trial) -> Run:
+    run = experiment.solver(trial.task, trial.network if trial.network != "glow" else "glow")
+    return replace(run, num_folds=trial.num_folds, seed=trial.seed, blind_sigma=trial.blind_sigma)
+
+
+def carry_out(name: str, experiment: Experiment) -> dict:
+    """Trains what a trial is, and writes its record."""
+    trial, folder = TRIALS[name], experiment.build / "recipe"
+    path = RESULTS / "benchmarks" / "recipe" / f"{name}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    if trial.start in TRIALS:
+        carry_out(trial.start, experiment)
+    solver, started = build(experiment, trial, folder), provenance()
+    every = math.ceil(trial.num_steps / VALIDATIONS)
+    settings = Training(trial.num_steps, trial.batch_size, trial.lr, validate_every=every, mirror=True)
+    changes = dict(clip_norm=trial.clip_norm, fixed_norms=trial.fixed_norms, max_restarts=0)
+    settings = replace(settings, warmup_steps=min(50, trial.num_steps // 10), **changes)
+    options = {"groups": groups_of(solver, trial, settings)}
+    if trial.optimizer == "muon":
+        options["make_optimizer"] = lambda groups: Muon(groups, weight_decay=0.0, fused=True)
+    if trial.fold_loss:
+        options["loss"] = fold_loss(solver, trial.fold_loss, trial.num_steps)
+    diverged = None
+    try:
+        summary = fit_solver(
+            experiment, run_of(experiment, trial), solver, settings, folder / name, **options
+        )
+    except Diverged as error:
+        summary, diverged = error.summary, str(error)
+    save_checkpoint(folder / f"{name}.safetensors", solver)
+    record = {
+        "name": name,
+        "trial": asdict(trial),
+        "psnr": {
+            row["step"]: round(-10 * math.log10(row["val_loss"]), 3)
+            for row in summary["history"]
+            if row["val_loss"]
+        },
+        "seconds": {row["step"]: row["cpu_seconds"] for row in summary["history"]},
+        "diverged": diverged,
+        "step_size": solver.step_size.tolist(),
+        "shrinkage": solver.shrinkage.tolist() if isinstance(solver.shrinkage, torch.Tensor) else None,
+        "num_parameters": sum(p.numel() for p in solver.parameters()),
+        "precision": summary["precision"],
+        "restarts": summary["restarts"],
+        "trained": started,
+    }
+    write_json(path, record)
+    return record
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"of {', '.join(TRIALS)}")
+    parser.add_argument("--dataset", default="celeba")
+    parser.add_argument("--build", default="build")
+    args = parser.parse_args()
+    experiment = Experiment("cpu", args.dataset, "v2", build=args.build)
+    for name in args.names:
+        record = carry_out(name, experiment)
+        print(name, record.get("psnr"), record.get("seconds"), record.get("diverged"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
