@@ -58,33 +58,6 @@ class Trial:
     seed: int = 0
 
 
-class Muon(torch.optim.AdamW):
-    """AdamW, but for groups with "orthogonal": those take steps of the momentum's nearest orthogonal matrix
-    (Jordan et al. 2024), 0.2 sqrt(larger side) times the rate, so that Adam's rates serve (Liu et al. 2025).
-    torch.optim.Muon takes matrices alone, and computes in bfloat16, which few processors do fast."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"] if group.get("orthogonal") else ():
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
-                update = nearest_orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))
-                p.sub_(update.view_as(p), alpha=float(group["lr"]) * 0.2 * math.sqrt(max(update.shape)))
-                p.grad = None  # Adam leaves it alone then
-        super().step(closure)
-
-
-def nearest_orthogonal(matrix, steps=5):
-    """By Newton-Schulz iterations of fifth order, singular values end between 0.7 and 1.2."""
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = x / (x.norm() + 1e-12)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
-
-
 def _d(num_steps, batch_size, lr, **changes):
     return Trial("denoising", num_steps, batch_size, lr, **changes)
 
@@ -133,18 +106,15 @@ def build(experiment: Experiment, trial: Trial, models) -> UnfoldedPGD:
 
 
 def groups_of(solver: UnfoldedPGD, trial: Trial, settings: Training) -> list[dict]:
-    """As parameter_groups, with a rate for each width or with matrices apart where the trial wants it."""
+    """As parameter_groups, with a rate for each width where the trial wants it."""
     networks, scalars = parameter_groups(solver, settings)
-    if not trial.by_width and trial.optimizer == "adam":
+    if not trial.by_width:
         return [networks, scalars]
     groups = {}
     for p in networks["params"]:
-        fan_in = p.shape[1] if p.ndim == 4 else 0
-        factor = min(1.0, 64 / fan_in) if trial.by_width and fan_in else 1.0
-        orthogonal = trial.optimizer == "muon" and p.ndim == 4
-        group = {"params": [], "lr": factor * trial.lr, "orthogonal": orthogonal}
-        groups.setdefault((factor, orthogonal), group)["params"].append(p)
-    return [*groups.values(), scalars | {"orthogonal": False}]
+        factor = min(1.0, 64 / p.shape[1]) if p.ndim == 4 else 1.0
+        groups.setdefault(factor, {"params": [], "lr": factor * trial.lr})["params"].append(p)
+    return [*groups.values(), scalars]
 
 
 def fold_loss(solver: UnfoldedPGD, weight: float, num_steps: int) -> Callable:
@@ -179,10 +149,9 @@ def carry_out(name: str, experiment: Experiment) -> dict:
     every = math.ceil(trial.num_steps / VALIDATIONS)
     settings = Training(trial.num_steps, trial.batch_size, trial.lr, validate_every=every, mirror=True)
     changes = dict(clip_norm=trial.clip_norm, fixed_norms=trial.fixed_norms, max_restarts=0)
+    changes |= dict(optimizer=trial.optimizer)
     settings = replace(settings, warmup_steps=min(50, trial.num_steps // 10), **changes)
     options = {"groups": groups_of(solver, trial, settings)}
-    if trial.optimizer == "muon":
-        options["make_optimizer"] = lambda groups: Muon(groups, weight_decay=0.0, fused=True)
     if trial.fold_loss:
         options["loss"] = fold_loss(solver, trial.fold_loss, trial.num_steps)
     diverged = None

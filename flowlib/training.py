@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 from flowlib.checkpoints import load_state, load_tensors, part_of, save_tensors
 from flowlib.files import as_json, write_atomically
+from flowlib.muon import Muon
 from flowlib.precision import bf16_pays, set_compute_dtype
+
+OPTIMIZERS = {"adam": torch.optim.AdamW, "muon": Muon}
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Training:
     clip_norm: the largest norm of a gradient (inf: any); patience: validations without improvement before it
     stops; max_restarts: how often a run that broke down goes on from its best weights at half the rate. For
     bf16: networks compute in bfloat16 where the machine is faster so (precision.bf16_pays); fixed_norms: the
-    last part of the steps, from 0 to 1, in which BatchNorm normalises by its averages, as it does afterwards.
+    last part of the steps, from 0 to 1, in which BatchNorm normalises by its averages, as it does afterwards;
+    optimizer: "adam" or "muon".
     For the caller of fit: lr, of the networks; scalar_lr, of μ and λ; shrinkage: where λ starts; val_images;
     and mirror: half of the images, at random, are mirrored left to right."""
 
@@ -51,18 +55,21 @@ class Training:
     bf16: bool = True
     checkpoint_minutes: float = 5
     fixed_norms: float = 0.0
+    optimizer: str = "adam"
 
     def __post_init__(self) -> None:
         """ValueError that names the first setting that is of another type or too small."""
         lowest = dict(
             num_steps=1, batch_size=1, validate_every=1, val_images=1, shrinkage=-1, clip_norm=1e-12
         )
-        for field in fields(self):
+        for field in (field for field in fields(self) if field.type is not str):
             value, least = getattr(self, field.name), lowest.get(field.name, 0)
             if not isinstance(value, Real if field.type is float else Integral) or not value >= least:
                 kind = field.type.__name__
                 raise ValueError(f"{field.name} must be of type {kind} and at least {least}, not {value!r}")
             object.__setattr__(self, field.name, field.type(value))  # JSON knows none of NumPy's numbers
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
         if self.fixed_norms > 1:
             raise ValueError(f"fixed_norms is a part of the steps, from 0 to 1, not {self.fixed_norms}")
 
@@ -144,18 +151,17 @@ def fit(
     directory: str | Path,
     identity: dict | None = None,
     explain: Callable[..., str | None] | None = None,
-    make_optimizer: Callable[[list[dict]], torch.optim.Optimizer] | None = None,
 ) -> dict:
-    """Trains model in place, by Adam, to the weights that were best on validation; returns a summary.
+    """Trains model in place to the weights that were best on validation; returns a summary.
 
-    groups: optimizer parameter groups, their lr by default settings.lr; make_optimizer: makes another than
-    Adam of them. make_batch(indices, step) draws a batch, a tuple of tensors, of which loss, given them, makes
-    a scalar; on a GPU a step is captured as a graph, so loss must neither draw nor wait. A BatchNorm whose
-    weights are frozen stays as it is. Writes directory/log.csv and, every settings.checkpoint_minutes, at
-    Ctrl-C and at the end, resume.safetensors, from which training goes on; a finished one of other settings
-    is written over. identity: what else the run depends on, such as the images' hash. A run whose loss or
-    gradient is not finite, or whose validation loss is three times its best (worse than a negative best by
-    twice its size), goes on from its best weights at half the rate.
+    groups: optimizer parameter groups, their lr by default settings.lr. make_batch(indices, step) draws a
+    batch, a tuple of tensors, of which loss, given them, makes a scalar; on a GPU a step is captured as a
+    graph, so loss must neither draw nor wait. A BatchNorm whose weights are frozen stays as it is. Writes
+    directory/log.csv and, every settings.checkpoint_minutes, at Ctrl-C and at the end, resume.safetensors,
+    from which training goes on; a finished one of other settings is written over. identity: what else the
+    run depends on, such as the images' hash. A run whose loss or gradient is not finite, or whose validation
+    loss is three times its best (worse than a negative best by twice its size), goes on from its best weights
+    at half the rate.
 
     Raises ValueError for fewer images than a batch, a model in DistributedDataParallel, or an unfinished
     resume file of another run; Diverged after settings.max_restarts restarts, with what explain says of the
@@ -173,7 +179,7 @@ def fit(
     options = [group | {"params": len(group["params"])} for group in groups]
     own = asdict(settings) | {"groups": options, "seed": seed, "num_images": num_images} | (identity or {})
     del own["checkpoint_minutes"]  # changes no weight
-    run = _Run(model, groups, loss, settings, as_json(own), Path(directory), make_optimizer)
+    run = _Run(model, groups, loss, settings, as_json(own), Path(directory))
     run.resume()
     state, fixed_from = run.state, round((1 - settings.fixed_norms) * settings.num_steps)
     bf16 = settings.bf16 and bf16_pays(run.parameters[0].device.type)
@@ -229,10 +235,9 @@ def _interrupts() -> Iterator[list]:
 class _Run:
     """The state of one training: what is saved, and how it goes on."""
 
-    def __init__(self, model, groups, loss, settings, identity, directory, make_optimizer):
+    def __init__(self, model, groups, loss, settings, identity, directory):
         self.model, self.groups, self.loss, self.settings = model, groups, loss, settings
         self.identity, self.directory, self.path = identity, directory, directory / "resume.safetensors"
-        self.make_optimizer = make_optimizer or self._adam
         self.parameters = [p for group in groups for p in group["params"]]
         self.state = dict(step=0, best_loss=math.inf, best_step=0, seconds=0.0, cpu_seconds=0.0, history=[])
         self.state |= dict(restarts=[], stopped_early=False, precision=[])
@@ -247,12 +252,8 @@ class _Run:
         device = self.parameters[0].device
         # The rate is a tensor so that a captured step can read it.
         groups = [group | {"lr": torch.tensor(float(group["lr"]), device=device)} for group in self.groups]
-        self.optimizer = self.make_optimizer(groups)
-
-    def _adam(self, groups):
-        on_gpu = self.parameters[0].device.type == "cuda"
-        decay = self.settings.weight_decay
-        return torch.optim.AdamW(groups, weight_decay=decay, capturable=on_gpu, fused=True)
+        options = dict(weight_decay=self.settings.weight_decay, capturable=device.type == "cuda")
+        self.optimizer = OPTIMIZERS[self.settings.optimizer](groups, fused=True, **options)
 
     def note_precision(self, name):
         """For the record: a run that was moved to another machine may have had both."""
@@ -291,8 +292,7 @@ class _Run:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
         loss = loss.detach()
-        if self.optimizer.defaults.get("fused"):  # others lose their weights, and go on from the best ones
-            self.optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
+        self.optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
         self.optimizer.step()
         return loss, norm
 

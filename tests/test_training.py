@@ -1,6 +1,7 @@
 """Training: a run that was killed resumes to the same weights, settings are checked, non-finite losses name
 the fold."""
 
+import json
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ from companion.experiment import Experiment
 from companion.training import build_solver, model_path
 from flowlib import Glow, ResNetProx, UNetProx, load_checkpoint
 from flowlib.checkpoints import load_tensors, save_tensors
+from flowlib.muon import Muon, nearest_orthogonal
 from flowlib.operators import Denoising
 from flowlib.training import (
     Diverged,
@@ -71,24 +73,25 @@ def test_a_flow_is_recalibrated_without_a_batch():
 
 
 RUN = """
-import sys
+import json, sys
 from companion.experiment import Experiment
 from companion.training import train
 from flowlib.checkpoints import save_checkpoint
 from tests.test_training import changed
 experiment = Experiment("smoke", build=sys.argv[1])
-run = changed(experiment.solver("inpainting", sys.argv[2]), num_steps=int(sys.argv[3]), checkpoint_minutes=0)
+run = changed(experiment.solver("inpainting", sys.argv[2]), **json.loads(sys.argv[3]))
 model, summary = train(experiment, run)
 save_checkpoint(sys.argv[4], model, steps=summary["steps"])
 """
 
 
-@pytest.mark.parametrize("method", ["glow", "unet"])
-def test_a_killed_run_resumes_to_the_same_weights(smoke, tmp_path, method):
+@pytest.mark.parametrize("method,optimizer", [("glow", "muon"), ("unet", "adam")])
+def test_a_killed_run_resumes_to_the_same_weights(smoke, tmp_path, method, optimizer):
     """One run is killed with SIGKILL after some steps and started again; another is left alone."""
     steps = 12
-    run = changed(smoke.solver("inpainting", method), num_steps=steps, checkpoint_minutes=0)
-    command = [sys.executable, "-c", RUN, str(smoke.build), method, str(steps)]
+    changes = dict(num_steps=steps, checkpoint_minutes=0, optimizer=optimizer)
+    run = changed(smoke.solver("inpainting", method), **changes)
+    command = [sys.executable, "-c", RUN, str(smoke.build), method, json.dumps(changes)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([*command, str(tmp_path / "alone")], env=environment, check=True)
     uninterrupted, _ = load_tensors(tmp_path / "alone")
@@ -238,6 +241,13 @@ def test_the_setting_that_differs_is_named(tmp_path, change, message):
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be of type .* and at least .*, not {value!r}"):
         Training(**dict(num_steps=1, batch_size=1, lr=0.1) | {name: value})
+
+
+def test_unknown_optimizers_and_parts_are_refused():
+    with pytest.raises(ValueError, match="optimizer must be one of adam, muon, not 'sgd'"):
+        Training(num_steps=1, batch_size=1, lr=0.1, optimizer="sgd")
+    with pytest.raises(ValueError, match="fixed_norms is a part of the steps"):
+        Training(num_steps=1, batch_size=1, lr=0.1, fixed_norms=1.5)
 
 
 def test_a_resume_file_of_other_images_is_refused(smoke, tmp_path):
@@ -451,6 +461,28 @@ def test_a_training_works_on_every_processor(isa):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert isa != "AVX2" or done.stdout.strip() == "False"
+
+
+def test_muon_steps_along_the_nearest_orthogonal_matrix():
+    """Of kernels alone; the rest are AdamW's. Both scale with the rate."""
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 8, 20, dtype=torch.float64)
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    near = nearest_orthogonal(matrices)
+    torch.testing.assert_close(nearest_orthogonal(matrices.mT), near.mT)
+    assert (torch.linalg.svdvals(near) - 1).abs().max() < 0.35
+    assert (u @ v - near).abs().max() < 0.2
+    nets = [torch.nn.Conv2d(3, 8, 3).double() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    before, x = nets[0].weight.detach().clone(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    for net, optimizer in zip(nets, (Muon, torch.optim.AdamW)):
+        optimizer = optimizer([{"params": net.parameters(), "lr": torch.tensor(1e-2)}], weight_decay=0.0)
+        net(x).square().sum().backward()
+        gradient = net.weight.grad.flatten(1)
+        optimizer.step()
+    expected = before - 1e-2 * 0.2 * 27**0.5 * nearest_orthogonal(gradient[None])[0].view_as(before)
+    torch.testing.assert_close(nets[0].weight.detach(), expected)
+    assert torch.equal(nets[0].bias, nets[1].bias) and not torch.equal(nets[0].weight, nets[1].weight)
 
 
 def test_what_fit_cannot_train_is_named(tmp_path):
