@@ -58,25 +58,46 @@ class Trial:
     seed: int = 0
 
 
-def _d(num_steps, batch_size, lr, **changes):
-    return Trial("denoising", num_steps, batch_size, lr, **changes)
+def _trials() -> dict[str, Trial]:
+    """Some minutes each for optimizer, rate and batch, of one fold; 20 minutes each for the rest."""
 
+    def denoising(num_steps, batch_size=4, lr=1e-3, optimizer="muon", **changes):
+        return Trial("denoising", num_steps, batch_size, lr, optimizer=optimizer, **changes)
 
-def _i(num_steps, batch_size, lr, **changes):
-    return Trial("inpainting", num_steps, batch_size, lr, **changes)
+    def inpainting(*arguments, **changes):
+        return replace(denoising(*arguments, **changes), task="inpainting")
 
-
-# Five minutes each: which optimizer and rate, on one fold.
-TRIALS = (
-    {f"screen-adam-{lr:g}": _d(700, 4, lr) for lr in (2e-4, 4e-4, 8e-4)}
-    | {f"screen-muon-{lr:g}": _d(600, 4, lr, optimizer="muon") for lr in (2e-4, 5e-4, 1e-3)}
-    | {
-        "screen-adam-4e-4-by-width": _d(700, 4, 4e-4, by_width=True),
-        "screen-adam-4e-4-batch-2": _d(1100, 2, 4e-4),
-        "screen-adam-4e-4-batch-8": _d(400, 8, 4e-4),
-        "screen-noisy-adam-4e-4": _d(700, 4, 4e-4, start="flow-noisy"),
+    trials = {f"screen-adam-{lr:g}": denoising(700, 4, lr, "adam") for lr in (2e-4, 4e-4, 8e-4)}
+    trials |= {f"screen-muon-{lr:g}": denoising(600, 4, lr) for lr in (2.5e-4, 5e-4, 1e-3, 2e-3)}
+    trials |= {
+        "screen-adam-by-width": denoising(700, 4, 8e-4, "adam", by_width=True),
+        "screen-batch-2": denoising(900, 2),
+        "screen-batch-8": denoising(350, 8),
+        "screen-noisy-flow": denoising(600, start="flow-noisy"),
     }
-)
+    for name, task in {"denoising": denoising, "inpainting": inpainting}.items():
+        trials |= {
+            f"{name}-1-fold": task(1600),
+            f"{name}-1-fold-half": task(800),
+            f"{name}-2-folds-from-1": task(400, start=f"{name}-1-fold-half", num_folds=2),
+            f"{name}-4-folds-from-1": task(200, start=f"{name}-1-fold-half", num_folds=4),
+            f"{name}-2-folds": task(800, num_folds=2, step_size=0.5),
+            f"{name}-4-folds": task(400, num_folds=4, step_size=0.5, x0="mode"),
+            f"{name}-4-folds-fold-loss": task(400, num_folds=4, step_size=0.5, x0="mode", fold_loss=0.3),
+            f"{name}-4-folds-tied": task(400, num_folds=4, step_size=0.5, x0="mode", tied=True),
+        }
+        for network, steps in {"unet": 3000, "resnet": 2000}.items():
+            for num_folds in (1, 4):
+                rival = dict(network=network, start=None, num_folds=num_folds, clip_norm=1.0, fixed_norms=0.1)
+                rival |= dict(step_size=1.0 if num_folds == 1 else 0.5)
+                folds = f"{num_folds} fold{'s' * (num_folds > 1)}".replace(" ", "-")
+                for optimizer, lr in (("adam", 1e-3), ("muon", 1e-3)):
+                    trial = task(steps // num_folds, 8, lr, optimizer, **rival)
+                    trials[f"{name}-{network}-{folds}-{optimizer}"] = trial
+    return trials
+
+
+TRIALS = _trials()
 
 
 def build(experiment: Experiment, trial: Trial, models) -> UnfoldedPGD:
