@@ -256,6 +256,52 @@ def learning_curves(records, paper=None):
     return figure
 
 
+@styled
+def accuracy_against_compute(solvers, paper):
+    """Test PSNR over the minutes that it took, what a solver starts from included, one point a recorded run,
+    with the course of its validation; one panel a kind of machine. solvers: see compute.solvers; paper:
+    {method: PSNR}, as dotted lines."""
+    kinds = sorted({r["machine"] == "a CPU core" for r in solvers}, reverse=True)
+    size = (WIDTH, 0.6 + 2.7 * len(kinds))
+    figure, axes = plt.subplots(len(kinds), 1, figsize=size, squeeze=False, sharey=True)
+    for axis, of_core in zip(axes[:, 0], kinds):
+        of_kind = [r for r in solvers if (r["machine"] == "a CPU core") == of_core]
+        for r in of_kind:
+            colour, history = COLOURS[r["method"]], [h for h in r["training"]["history"] if h["val_loss"]]
+            before = r["spent"] - minutes(r)
+            positions = [before + minutes(r, h) for h in history]
+            axis.plot(
+                positions, [-10 * np.log10(h["val_loss"]) for h in history], lw=0.8, alpha=0.5, color=colour
+            )
+            style = dict(color=colour, ls="none", label=METHODS[r["method"]].short)
+            axis.plot(r["spent"], r["psnr"]["mean"], "o", **style)
+            where = dict(textcoords="offset points", xytext=(5, -9), fontsize=8, color=colour)
+            axis.annotate(r["experiment"]["profile"], (r["spent"], r["psnr"]["mean"]), **where)
+        for method, value in paper.items():
+            axis.axhline(value, color=COLOURS[method], ls=":", lw=1.2)
+        axis.set(xscale="log", ylabel="dB", xlim=(0.3 * of_kind[0]["spent"], 2.2 * of_kind[-1]["spent"]))
+        axis.xaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set_ylim(min(r["psnr"]["mean"] for r in solvers) - 1)
+    for axis, of_core in zip(axes[:, 0], kinds):
+        machines = listed(sorted({r["machine"] for r in solvers} - {"a CPU core"}))
+        axis.set_xlabel(f"minutes of {'one core' if of_core else machines}, log scale")
+    found = legend_entries(axes[:, 0])
+    figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=4, fontsize=9.5)
+    return figure
+
+
+@styled
+def trial_curves(named):
+    """Validation PSNR over minutes of one core, a line a trial: {label: trial}, see compute.trials."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2))
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, max(1, len(named))))
+    for colour, (label, trial) in zip(colours, named.items()):
+        axis.plot(*zip(*trial["curve"]), "o-", ms=3, lw=1.4, color=colour, label=label)
+    axis.set(xlabel="minutes of one core", ylabel="validation, dB")
+    axis.legend(loc="lower right", fontsize=9)
+    return figure
+
+
 def paper_and_ours():
     marks = (("D", "white", "paper"), ("o", INK, "ours, 95 % interval"))
     return [

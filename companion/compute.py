@@ -1,0 +1,71 @@
+"""Accuracy against compute: what the recorded solvers cost, with all that they start from, and reached."""
+
+import json
+import math
+from collections import defaultdict
+
+from companion.paths import RESULTS
+from companion.settings import METHODS
+from companion.tables import machine, minutes
+
+COMPARED = ("glow", "glow-noisy", "unet", "resnet")
+
+
+def spent(record: dict, records: list[dict]) -> float | None:
+    """Minutes of its machine that a run took, with those of the runs that it starts from; None where one of
+    them has no record, or another kind of machine."""
+    found = {r["settings_hash"]: r for r in records if "settings_hash" in r and "training" in r}
+    total, start = minutes(record), record["settings"]["start"]
+    while start:
+        before = found.get(start)
+        if before is None or machine(before) != machine(record):
+            return None
+        total, start = total + minutes(before), before["settings"]["start"]
+    return total
+
+
+def solvers(task: str, edition: str, records: list[dict]) -> list[dict]:
+    """The compared solvers of one task that have a time, each with "spent", in minutes, and "machine"."""
+    of_task = [r for r in records if r["kind"] == "solver" and r["task"] == task and r["method"] in COMPARED]
+    of_task = [r for r in of_task if r["experiment"]["edition"] == edition and r["psnr"]["mean"] is not None]
+    timed = [r | {"spent": spent(r, records), "machine": machine(r)} for r in of_task]
+    return sorted((r for r in timed if r["spent"]), key=lambda r: r["spent"])
+
+
+def slopes(task: str, edition: str, records: list[dict]) -> list[dict]:
+    """Rows: what each method gained from its shortest to its longest training on a CPU core, in dB for each
+    doubling of the time."""
+    by_method = defaultdict(list)
+    for r in solvers(task, edition, records):
+        if r["machine"] == "a CPU core":
+            by_method[r["method"]].append(r)
+    rows = []
+    for method, found in by_method.items():
+        gain = found[-1]["psnr"]["mean"] - found[0]["psnr"]["mean"]
+        doublings = math.log2(found[-1]["spent"] / found[0]["spent"])
+        if doublings >= 1:
+            row = {"Method": METHODS[method].short, "Shortest": _told(found[0]), "Longest": _told(found[-1])}
+            rows.append(row | {"dB a doubling": f"{gain / doublings:.2f}"})
+    return rows
+
+
+def _told(record):
+    return f"{record['psnr']['mean']:.2f} dB, {record['spent']:.0f} min ({record['experiment']['profile']})"
+
+
+def trials() -> dict[str, dict]:
+    """The records of benchmarks/recipe.py, by name, each with "minutes": of the processor, with those of the
+    trials it started from; and "curve": (minutes, dB) at each validation."""
+    found = {}
+    for path in sorted((RESULTS / "benchmarks/recipe").glob("*.json")):
+        found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+
+    def before(trial):
+        start = found.get(trial["trial"]["start"])
+        return before(start) + max(start["seconds"].values()) / 60 if start else 0.0
+
+    for trial in found.values():
+        steps = sorted(map(int, trial["psnr"]))
+        curve = [(before(trial) + trial["seconds"][str(s)] / 60, trial["psnr"][str(s)]) for s in steps]
+        trial |= {"curve": curve, "minutes": curve[-1][0]}
+    return found
