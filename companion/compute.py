@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from companion.paths import RESULTS
 from companion.settings import METHODS
-from companion.tables import machine, minutes
+from companion.tables import Link, benchmark, machine, minutes
 
 COMPARED = ("glow", "glow-noisy", "unet", "resnet")
 
@@ -69,3 +69,28 @@ def trials() -> dict[str, dict]:
         curve = [(before(trial) + trial["seconds"][str(s)] / 60, trial["psnr"][str(s)]) for s in steps]
         trial |= {"curve": curve, "minutes": curve[-1][0]}
     return found
+
+
+def trial_rows(trials: dict[str, dict], labels: dict[str, str]) -> list[dict]:
+    """One row for each of these trials, {label: name}, that is recorded."""
+    rows = []
+    for label, name in labels.items():
+        if name not in trials:
+            continue
+        trial = trials[name]
+        about = trial["trial"]
+        shrinkage = trial["shrinkage"] and ", ".join(f"{value:.2f}" for value in trial["shrinkage"])
+        images = max(map(int, trial["psnr"])) * about["batch_size"]
+        rows.append(
+            {
+                "Trial": label,
+                "Validation, dB": Link(f"{trial['curve'][-1][1]:.2f}", benchmark(f"recipe/{name}").href),
+                "Minutes": f"{trial['minutes']:.1f}",
+                "Images": f"{images:,}",
+                "Parameters": f"{trial['num_parameters'] / 1e6:.2f} M",
+                "μ": ", ".join(f"{value:.2f}" for value in trial["step_size"]),
+                "λ": shrinkage or "–",
+                "Outcome": trial["diverged"] or "–",
+            }
+        )
+    return rows

@@ -12,6 +12,7 @@ PLAIN = (
     "figures",
     "engine",
     "stability",
+    "recipe",
     "speed",
     "classical",
     "blur",

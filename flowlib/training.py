@@ -23,6 +23,7 @@ from flowlib.checkpoints import load_state, load_tensors, part_of, save_tensors
 from flowlib.files import as_json, write_atomically
 from flowlib.muon import Muon
 from flowlib.precision import bf16_pays, set_compute_dtype
+from flowlib.ranks import any_rank, average, copy_from_first, rank_and_size
 
 OPTIMIZERS = {"adam": torch.optim.AdamW, "muon": Muon}
 
@@ -161,41 +162,54 @@ def fit(
     from which training goes on; a finished one of other settings is written over. identity: what else the
     run depends on, such as the images' hash. A run whose loss or gradient is not finite, or whose validation
     loss is three times its best (worse than a negative best by twice its size), goes on from its best weights
-    at half the rate.
+    at half the rate. Where torch.distributed is initialised, every rank calls fit alike: each takes its share
+    of every batch, gradients are averaged, rank 0 writes, and the weights are those of one process.
 
-    Raises ValueError for fewer images than a batch, a model in DistributedDataParallel, or an unfinished
-    resume file of another run; Diverged after settings.max_restarts restarts, with what explain says of the
-    batch as the reason."""
+    Raises ValueError for fewer images than a batch, a batch that ranks cannot share evenly, a model in
+    DistributedDataParallel, or an unfinished resume file of another run; Diverged after settings.max_restarts
+    restarts, with what explain says of the batch as the reason."""
     from tqdm.auto import tqdm  # here, so that flowlib needs it for training alone
 
     if num_images < settings.batch_size:
         raise ValueError(f"{num_images} training images are fewer than one batch of {settings.batch_size}")
+    rank, num_ranks = rank_and_size()
+    if settings.batch_size % num_ranks:
+        raise ValueError(f"a batch of {settings.batch_size} images is not shared evenly by {num_ranks} ranks")
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        advice = "give fit the model itself, in one process; or train with a loop of your own"
-        raise ValueError(f"fit trains in one process, and its ranks would draw the same images: {advice}")
+        raise ValueError("fit averages the gradients of all ranks itself: give it the model, not its DDP")
     groups = [{"lr": settings.lr} | group | {"params": list(group["params"])} for group in groups]
     if not all(isinstance(p, Tensor) for group in groups for p in group["params"]):
         raise ValueError("a group's params must be parameters, as model.parameters() gives, without names")
     options = [group | {"params": len(group["params"])} for group in groups]
     own = asdict(settings) | {"groups": options, "seed": seed, "num_images": num_images} | (identity or {})
     del own["checkpoint_minutes"]  # changes no weight
-    run = _Run(model, groups, loss, settings, as_json(own), Path(directory))
+    run = _Run(model, groups, loss, settings, as_json(own), Path(directory), num_ranks)
     run.resume()
+    if num_ranks > 1:
+        copy_from_first(list(model.state_dict().values()))
     state, fixed_from = run.state, round((1 - settings.fixed_norms) * settings.num_steps)
     bf16 = settings.bf16 and bf16_pays(run.parameters[0].device.type)
     set_compute_dtype(model, torch.bfloat16 if bf16 else None)
     run.note_precision("bfloat16" if bf16 else "float32")
-    bar = tqdm(total=settings.num_steps, initial=state["step"], desc=Path(directory).name, mininterval=2)
+    device, bar = run.parameters[0].device, dict(desc=Path(directory).name, mininterval=2, disable=rank > 0)
+    bar = tqdm(total=settings.num_steps, initial=state["step"], **bar)
 
     def batch(step):
-        return make_batch(batch_indices(step, settings.batch_size, num_images, seed), step)
+        whole = make_batch(batch_indices(step, settings.batch_size, num_images, seed), step)
+        return tuple(values[rank::num_ranks] for values in whole) if num_ranks > 1 else whole
 
     def renew_averages():
         recalibrate(model, loss, map(batch, range(state["step"], state["step"] + 16)))
+        averages = [b for norm in _batch_norms(model) for b in (norm.running_mean, norm.running_var)]
+        if num_ranks > 1 and averages:
+            average(averages)
+
+    def stopped():
+        return any_rank(bool(interrupted), device) if num_ranks > 1 else bool(interrupted)
 
     try:
         with bar, _interrupts() as interrupted:
-            while not run.finished() and not interrupted:
+            while not run.finished() and not stopped():
                 fixed_norms = state["step"] >= fixed_from
                 if state["step"] == fixed_from:
                     renew_averages()
@@ -206,10 +220,11 @@ def fit(
                     value = run.validate(validation_loss, value)
                     bar.set_postfix(val_loss=f"{value:.5f}")
                 bar.update()
-                if time.monotonic() - run.last_saved >= 60 * settings.checkpoint_minutes:
+                if rank == 0 and time.monotonic() - run.last_saved >= 60 * settings.checkpoint_minutes:
                     run.save()
-            run.save()  # A kill from here on loses no training.
-        if interrupted:
+            if rank == 0:
+                run.save()  # A kill from here on loses no training.
+        if not run.finished():
             raise KeyboardInterrupt(f"saved at step {state['step']}: the same call goes on from there")
         model.load_state_dict(run.best)
         return run.summary()
@@ -235,7 +250,8 @@ def _interrupts() -> Iterator[list]:
 class _Run:
     """The state of one training: what is saved, and how it goes on."""
 
-    def __init__(self, model, groups, loss, settings, identity, directory):
+    def __init__(self, model, groups, loss, settings, identity, directory, num_ranks):
+        self.num_ranks = num_ranks
         self.model, self.groups, self.loss, self.settings = model, groups, loss, settings
         self.identity, self.directory, self.path = identity, directory, directory / "resume.safetensors"
         self.parameters = [p for group in groups for p in group["params"]]
@@ -286,12 +302,14 @@ class _Run:
         return loss
 
     def _update(self, batch):
-        """The loss, and the norm of its gradient; where that is not finite, no weight changes."""
+        """The loss, and the norm of its gradient; where that is not finite, Adam changes no weight."""
         self.optimizer.zero_grad()
         loss = self.loss(*batch)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
         loss = loss.detach()
+        if self.num_ranks > 1:
+            average([loss, *(p.grad for p in self.parameters if p.grad is not None)])
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
         self.optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
         self.optimizer.step()
         return loss, norm
@@ -322,7 +340,10 @@ class _Run:
         state, settings = self.state, self.settings
         self.model.eval()
         with torch.no_grad():
-            value = float(validation_loss())
+            value = torch.tensor(float(validation_loss()), device=self.parameters[0].device)
+        if self.num_ranks > 1:  # all must decide alike
+            copy_from_first([value])
+        value = value.item()
         if value < state["best_loss"]:
             state |= dict(best_loss=value, best_step=state["step"])
             self.best = copy.deepcopy(self.model.state_dict())
@@ -337,7 +358,8 @@ class _Run:
         state["history"].append({k: v if math.isfinite(v) else None for k, v in row.items()})
         lines = [state["history"][0], *(row.values() for row in state["history"])]
         text = "".join(",".join("" if v is None else str(v) for v in line) + "\n" for line in lines)
-        write_atomically(self.directory / "log.csv", lambda path: path.write_text(text, encoding="utf-8"))
+        if rank_and_size()[0] == 0:
+            write_atomically(self.directory / "log.csv", lambda path: path.write_text(text, encoding="utf-8"))
         return value
 
     def _restart(self, reason):

@@ -491,7 +491,7 @@ def test_what_fit_cannot_train_is_named(tmp_path):
     with pytest.raises(ValueError, match="without names"):
         fit(net, [{"params": net.named_parameters()}], *rest, settings, 8, 0, tmp_path)
     wrapped = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
-    with pytest.raises(ValueError, match="in one process"):
+    with pytest.raises(ValueError, match="averages the gradients"):
         fit(wrapped, [], *rest, settings, 8, 0, tmp_path)
 
 

@@ -1,0 +1,32 @@
+"""What the processes of a training on several devices share: torchrun starts them, each is a rank."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which of how many this process is: (0, 1) outside of torch.distributed."""
+    started = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Makes each tensor its mean over all ranks, in place. All are of one type, and travel as one message."""
+    flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+    dist.all_reduce(flat)
+    for t, mean in zip(tensors, (flat / dist.get_world_size()).split([t.numel() for t in tensors])):
+        t.detach().copy_(mean.view_as(t))
+
+
+def copy_from_first(tensors: list[Tensor]) -> None:
+    """Makes each tensor that of rank 0, in place."""
+    for t in tensors:
+        dist.broadcast(t.detach(), 0)
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank."""
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
