@@ -155,10 +155,10 @@ PROFILES = {
         flow=dict(num_levels=2, num_steps=1, hidden_channels=8),
         unet=dict(width=2),
         resnet=dict(width=4, num_blocks=1),
-        pretraining=Training(num_steps=4, batch_size=8, lr=1e-3, validate_every=2, bf16=False),
-        noisy_pretraining=Training(num_steps=2, batch_size=8, lr=1e-3, validate_every=2, bf16=False),
+        pretraining=Training(num_steps=4, batch_size=8, lr=1e-3, validate_every=2),
+        noisy_pretraining=Training(num_steps=2, batch_size=8, lr=1e-3, validate_every=2),
         unfolding={
-            network: Training(num_steps=4, batch_size=4, lr=1e-3, validate_every=2, bf16=False)
+            network: Training(num_steps=4, batch_size=4, lr=1e-3, validate_every=2)
             for network in ("glow", "unet", "resnet")
         },
         images=dict(train=16, val=8, test=8, held_out=8),

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, build_smoke_book
 
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 
@@ -181,3 +181,13 @@ def test_the_user_guide_was_executed(html):
     assert page.count('class="cell_input') == len(cells) > 15
     assert page.count("<img") >= 2 and "Traceback" not in page
     assert "Largest difference" in page  # from deepinv, or from the record of it
+
+
+@pytest.mark.long
+def test_the_book_is_built_on_a_processor_with_avx512_alone():
+    """Without bfloat16 arithmetic, which the fixture's AVX2 lacks as well."""
+    build = build_smoke_book("build/smoke-avx512", "AVX512_CORE")
+    assert (build / "html" / "index.html").exists()
+    for path in (build / "runs").rglob("record.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert record["training"]["precision"] in (["float32"], ["bfloat16"]), path
