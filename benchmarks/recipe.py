@@ -21,7 +21,7 @@ from companion.paths import RESULTS
 from companion.provenance import provenance
 from companion.runs import ensure, load
 from companion.settings import Run
-from companion.training import PROXES, fit_solver, parameter_groups
+from companion.training import PROXES, add_folds, fit_solver, parameter_groups
 from flowlib import GlowProx, UnfoldedPGD, load_checkpoint, save_checkpoint
 from flowlib.training import Diverged, Training
 
@@ -31,10 +31,9 @@ VALIDATIONS = 6  # a trial
 @dataclass(frozen=True)
 class Trial:
     """One training. start: "flow", "flow-noisy", None (fresh weights) or the trial whose solver it starts
-    from; folds that this one has beyond that start as the identity (λ = 0), with step size new_step. x0:
-    "zero" or "mode" (g(0)). fold_loss: weight of a loss on every fold, falling to 0 at half of the steps.
-    tied: folds share one network. by_width: a convolution of more than 64 input channels has the rate times
-    64 / channels."""
+    from; folds that this one has beyond that do nothing at first (λ = μ = 0). x0: "zero" or "mode", g(0).
+    fold_loss: weight of a loss on every fold, falling to 0 at half of the steps. tied: folds share one
+    network. by_width: a convolution of more than 64 input channels has the rate times 64 / channels."""
 
     task: str
     num_steps: int
@@ -46,7 +45,6 @@ class Trial:
     x0: str = "zero"
     step_size: float = 1.0
     shrinkage: float = 0.1
-    new_step: float = 0.1
     optimizer: str = "adam"
     clip_norm: float = 0.1
     blind_sigma: float | None = None
@@ -54,7 +52,6 @@ class Trial:
     fold_loss: float = 0.0
     tied: bool = False
     by_width: bool = False
-    config: dict | None = None
     seed: int = 0
 
 
@@ -104,26 +101,17 @@ def build(experiment: Experiment, trial: Trial, models) -> UnfoldedPGD:
     """The solver that a trial trains. models: the folder of finished trials' solvers."""
     torch.manual_seed(trial.seed)
     if trial.start in TRIALS:
-        first = load_checkpoint(models / f"{trial.start}.safetensors").requires_grad_(True)
-        proxes, x0 = list(first.proxes), first.x0
-        steps, shrinkage = first.step_size.tolist(), first.shrinkage
-        shrinkage = shrinkage.tolist() if isinstance(shrinkage, torch.Tensor) else [0.0] * len(proxes)
-        more = trial.num_folds - len(proxes)
-        proxes += [copy.deepcopy(proxes[-1]) for _ in range(more)]
-        steps, shrinkage = steps + [trial.new_step] * more, shrinkage + [0.0] * more
+        return add_folds(load_checkpoint(models / f"{trial.start}.safetensors"), trial.num_folds)
+    if trial.network == "glow":
+        flow = experiment.flow(trial.start == "flow-noisy")
+        ensure(experiment, flow)
+        first = GlowProx(load(experiment, flow).requires_grad_(True))
+        proxes = [first, *(first if trial.tied else copy.deepcopy(first) for _ in range(trial.num_folds - 1))]
     else:
-        if trial.network == "glow":
-            flow = experiment.flow(trial.start == "flow-noisy")
-            ensure(experiment, flow)
-            prox = GlowProx(load(experiment, flow).requires_grad_(True))
-        else:
-            prox = PROXES[trial.network](**trial.config or getattr(experiment.profile, trial.network))
-        proxes = [prox, *([prox] if trial.tied else [copy.deepcopy(prox)]) * (trial.num_folds - 1)]
-        if trial.network != "glow":
-            proxes = [PROXES[trial.network](**prox.config) for _ in proxes]
-        x0 = torch.zeros(1, 3, 64, 64) if trial.x0 == "zero" else prox.glow.mode(64).detach()
-        steps, shrinkage = trial.step_size, trial.shrinkage
-    return UnfoldedPGD(proxes, x0, step_size=steps, shrinkage=shrinkage)
+        config = getattr(experiment.profile, trial.network)
+        proxes = [PROXES[trial.network](**config) for _ in range(trial.num_folds)]
+    x0 = torch.zeros(1, 3, 64, 64) if trial.x0 == "zero" else first.glow.mode(64)
+    return UnfoldedPGD(proxes, x0, step_size=trial.step_size, shrinkage=trial.shrinkage)
 
 
 def groups_of(solver: UnfoldedPGD, trial: Trial, settings: Training) -> list[dict]:

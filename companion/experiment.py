@@ -1,5 +1,6 @@
 """One profile, data set, edition and seed: its runs, its images, and where its files lie."""
 
+import functools
 import inspect
 import os
 from dataclasses import replace
@@ -80,8 +81,8 @@ class Experiment:
             kind="flow", network="flow", config=self._config("flow"), training=training, noisy=noisy
         )
         start, name = (self.flow(), "flow-noisy") if noisy else (None, "flow")
-        images = {"held_out": self.split_sizes["held_out"]}
-        return replace(self._run(name=name, start=start, **settings), images=images)
+        images, seed = {"held_out": self.split_sizes["held_out"]}, 0 if self.profile.flow_of else self.seed
+        return replace(self._run(name=name, start=start, **settings), images=images, seed=seed)
 
     def denoiser(self, network: str) -> Run:
         """The training of one network as a denoiser, the start of some rows of Table I."""
@@ -103,19 +104,22 @@ class Experiment:
         operator = choose(TASKS, task, "task").parameters
         starts = {"flow": self.flow, "flow-noisy": lambda: self.flow(True)}
         starts |= {"denoiser": lambda: self.denoiser(chosen.network), None: lambda: None}
+        start = starts[chosen.start]
+        if method in self.profile.starts:
+            start = functools.partial(self.solver, task, self.profile.starts[method])
         return self._run(
             kind="solver",
             name=f"{task}-{method}",
             network=chosen.network,
             config=self._config("flow" if chosen.network == "glow" else chosen.network),
             training=self._training(method, chosen.network),
-            start=starts[chosen.start](),
+            start=start(),
             task=task,
             operator=operator,
             method=method,
             frozen=chosen.frozen,
             edition=self.names["edition"],
-            num_folds=self.overrides.get("num_folds", self.edition.num_folds),
+            num_folds=chosen.num_folds or self.overrides.get("num_folds", self.edition.num_folds),
         )
 
     def methods(self, task: str) -> list[str]:
@@ -145,9 +149,11 @@ class Experiment:
     # Files
 
     def place(self, run: Run) -> str:
-        """Where this run lies among others: "cpu-celeba-s0/v2/inpainting-glow", the flows above the
-        editions."""
-        return "/".join([self.key, *([run.edition] if run.edition else []), run.name])
+        """Where this run lies among others: "cpu-celeba-s0/v2/inpainting-glow", the flows above the editions,
+        and a flow that another profile made in the place of that."""
+        flow_of = run.kind == "flow" and self.profile.flow_of
+        key = f"{flow_of}-{self.dataset}-s{run.seed}" if flow_of else self.key
+        return "/".join([key, *([run.edition] if run.edition else []), run.name])
 
     def directory(self, run: Run) -> Path:
         return (self.build / "runs" / self.place(run)).with_name(run.folder_name)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from companion.files import write_json
 from companion.paths import RESULTS
 from companion.provenance import provenance
-from companion.settings import TASKS, evaluation_code, training_code
+from companion.settings import PROFILES, TASKS, evaluation_code, training_code
 from companion.training import batches, device
 from flowlib import psnr, ssim
 from flowlib.images import dequantize, to_tensor
@@ -46,8 +46,8 @@ def recorded() -> list[dict]:
 def comparison(records: list[dict], edition: str) -> list[dict]:
     """The records of one edition to compare, seeds merged: profiles must not be mixed within a task, so for
     each task those of one profile and data set are taken, of the one whose main methods are all there and
-    whose least trained one was trained for longest. Classical methods need no training: they come from any
-    profile on the same images."""
+    whose least trained one was trained for longest, unless another profile supersedes it. Classical methods
+    need no training: they come from any profile on the same images."""
 
     def key(record):
         return tuple(record["experiment"][name] for name in ("profile", "dataset"))
@@ -64,7 +64,14 @@ def comparison(records: list[dict], edition: str) -> list[dict]:
         least = min(seen.get("unet", 0), seen.get("resnet", 0), flow)
         return least, max(seen.values())
 
-    chosen = [record for of_task in groups.values() for record in max(of_task.values(), key=rank)]
+    def superseded(name, of_task):
+        """Whether a profile of better trained runs has all that is compared."""
+        better = [of_task.get((p, name[1]), []) for p, made in PROFILES.items() if made.supersedes == name[0]]
+        return any({"glow", "unet", "resnet"} <= {r["method"] for r in group} for group in better)
+
+    chosen = []
+    for of_task in groups.values():
+        chosen += max((g for name, g in of_task.items() if not superseded(name, of_task)), key=rank)
     pixels = {r["data"]["pixels_sha256"] for r in chosen if "data" in r}
     return chosen + [
         r for r in of_edition if r["kind"] == "classical" and r["data"]["pixels_sha256"] in pixels

@@ -88,8 +88,8 @@ TASKS = {
 class Method:
     """A row of the paper's tables. network: of the prox; start: what every fold starts from, a pre-trained
     "flow", "flow-noisy" or "denoiser", or None, fresh weights; frozen: only the step sizes are trained;
-    editions and tasks: where the paper (or, for glow-noisy, we) have it; short: the label where there is
-    little room."""
+    editions and tasks: where the paper (or, for glow-noisy and one fold, we) have it; num_folds: None, the
+    edition's; short: the label where there is little room."""
 
     label: str
     short: str
@@ -98,6 +98,7 @@ class Method:
     frozen: bool = False
     editions: tuple[str, ...] = ("v1", "v2")
     tasks: tuple[str, ...] = tuple(TASKS)
+    num_folds: int | None = None
 
 
 _NOT_DENOISING = ("inpainting", "deblurring")
@@ -128,6 +129,13 @@ METHODS = {
     "glow-frozen": Method("GLOW prox (plug-and-play)", "GLOW, plugged in", "glow", "flow", True, ("v2",)),
     "glow-scratch": Method("GLOW prox (from scratch)", "GLOW, scratch", "glow", None, False, ("v1",)),
 }
+PAPER_METHODS = tuple(METHODS)
+# The paper never shows one fold.
+METHODS |= {
+    "resnet-1": Method("ResNet prox, one fold", "ResNet, 1 fold", "resnet", num_folds=1),
+    "unet-1": Method("U-Net prox, one fold", "U-Net, 1 fold", "unet", num_folds=1),
+    "glow-1": Method("GLOW prox, one fold", "GLOW, 1 fold", "glow", "flow", num_folds=1),
+}
 # The images out of distribution that go with a data set.
 OOD_IMAGES = {"celeba": "anime", "synthetic": "synthetic-ood"}
 
@@ -136,7 +144,9 @@ OOD_IMAGES = {"celeba": "anime", "synthetic": "synthetic-ood"}
 class Profile:
     """How much is done: sizes of the networks and of the trainings. unfolding is keyed by method or, for all
     methods that have it, network; methods: by task, those that `make book` trains; images: overrides of the
-    edition's."""
+    edition's; flow_of: the profile whose flow, of seed 0, serves all seeds of this one; starts: methods that
+    begin with the solver of another, to which they add folds that do nothing at first; supersedes: the
+    profile that is no longer compared where this one has all that it has."""
 
     flow: dict
     unet: dict
@@ -145,7 +155,10 @@ class Profile:
     noisy_pretraining: Training
     unfolding: dict[str, Training]
     images: dict = field(default_factory=dict)
-    methods: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict.fromkeys(TASKS, tuple(METHODS)))
+    methods: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict.fromkeys(TASKS, PAPER_METHODS))
+    flow_of: str | None = None
+    starts: dict[str, str] = field(default_factory=dict)
+    supersedes: str | None = None
 
 
 _FEW = dict.fromkeys(_NOT_DENOISING, ("resnet", "unet", "glow", "glow-frozen"))
@@ -272,12 +285,32 @@ PROFILES["gpu-longer"] = replace(
         for method, training in PROFILES["gpu"].unfolding.items()
     },
 )
+# The networks of `cpu` by the recipe of the page "recipe".
+_MUON = dict(optimizer="muon", validate_every=100, mirror=True)
+PROFILES["muon"] = replace(
+    PROFILES["cpu"],
+    unfolding={
+        "glow-1": Training(num_steps=2400, batch_size=4, lr=1e-3, clip_norm=0.1, **_MUON),
+        "glow": Training(
+            num_steps=300, batch_size=4, lr=5e-4, clip_norm=0.1, **_MUON | dict(validate_every=50)
+        ),
+        "unet": Training(num_steps=1200, batch_size=8, lr=1e-3, fixed_norms=0.1, **_MUON),
+        "unet-1": Training(num_steps=4800, batch_size=8, lr=1e-3, fixed_norms=0.1, **_MUON),
+        "resnet": Training(num_steps=1000, batch_size=8, lr=1e-3, fixed_norms=0.1, **_MUON),
+        "resnet-1": Training(num_steps=4000, batch_size=8, lr=1e-3, fixed_norms=0.1, **_MUON),
+    },
+    methods=dict.fromkeys(TASKS, ("resnet", "resnet-1", "unet", "unet-1", "glow", "glow-1")),
+    flow_of="cpu",
+    starts={"glow": "glow-1"},
+    supersedes="cpu",
+)
 # What the names of profiles and data sets stand for, in a few words, wherever a page tells of its runs.
 PROFILE_WORDS = {
     "smoke": "a few steps, to test the code",
     "demo": "small networks, trained for less than a minute each",
     "short": "a small flow, some minutes a training on one core",
     "cpu": "a middling flow, up to about an hour a training on one core",
+    "muon": "the networks of `cpu`, trained by Muon, one fold first, for up to 40 minutes on one core",
     "gpu": "the paper's networks, minutes a training on a large GPU",
     "gpu-longer": "`gpu` with every solver trained for twice as long, the flow the same",
     "paper": "the paper's networks and trainings",

@@ -93,6 +93,8 @@ def build_solver(experiment: Experiment, run: Run) -> UnfoldedPGD:
     and x_0 = g(0) for flows, 0 for the baselines. A denoiser is a solver of one fold with μ = 1 and x_0 = 0,
     for which x̃ = y."""
     torch.manual_seed(run.seed)
+    if run.start and run.start.kind == "solver":
+        return add_folds(load_checkpoint(model_path(experiment, run.start)), run.num_folds)
     if run.start is None:
         proxes = [_fresh_prox(experiment, run) for _ in range(run.num_folds)]
     else:
@@ -107,6 +109,16 @@ def build_solver(experiment: Experiment, run: Run) -> UnfoldedPGD:
         solver.requires_grad_(False)
         solver.step_size.requires_grad_(True)
     return solver
+
+
+def add_folds(solver: UnfoldedPGD, num_folds: int) -> UnfoldedPGD:
+    """A solver of more folds that answers as this one, of flows, does: the new ones have the last one's
+    network, and do nothing with μ = λ = 0."""
+    more = num_folds - solver.num_folds
+    proxes = [*solver.proxes, *(copy.deepcopy(solver.proxes[-1]) for _ in range(more))]
+    zeros = solver.x0.new_zeros(more)
+    scalars = (torch.cat([old.detach(), zeros]) for old in (solver.step_size, solver.shrinkage))
+    return UnfoldedPGD(proxes, solver.x0, *scalars).requires_grad_(True)
 
 
 def parameter_groups(solver: UnfoldedPGD, settings) -> list[dict]:
