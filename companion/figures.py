@@ -585,6 +585,7 @@ def fold_rows(records):
             "λ": f"{fold['shrinkage']:+.3f}",
             "PSNR x̃, dB": shown(fold["psnr_tilde"], ".2f"),
             "PSNR x, dB": shown(fold["psnr"], ".2f"),
+            "Worth, dB": shown(fold["worth"], ".2f") if "worth" in fold else "–",
             "‖z̃‖": shown(fold["latent_norm_tilde"], ".1f"),
             "‖z‖": shown(fold["latent_norm"], ".1f"),
             "bits/dim x̃": shown(fold["bits_per_dim_tilde"], ".2f"),

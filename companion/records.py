@@ -250,8 +250,22 @@ def _quality(x_hat, x):
 
 
 @torch.no_grad()
+def psnr_without_fold(solver, k: int, operator, y, x) -> float:
+    """Mean PSNR where the prox of fold k does nothing, λ = 0: what its flow is worth to the solver."""
+    learnt = solver.shrinkage[k].clone()
+    solver.shrinkage[k] = 0
+    try:
+        return psnr(reconstruct(solver, operator, y)[0], x).mean().item()
+    finally:
+        solver.shrinkage[k] = learnt
+
+
+@torch.no_grad()
 def describe_folds(solver, operator, y, x) -> list[dict]:
-    """For every fold: μ, λ, and means over the images of what it did."""
+    """For every fold: μ, λ, and means over the images of what it did; of flows, on the first 100 images, what
+    the result loses without its prox."""
+    few = operator, y[:100], x[:100]
+    whole = psnr(reconstruct(solver, *few[:2])[0], few[2]).mean().item()
     folds = [solver(batch, operator, return_folds=True)[1] for batch in batches(y.to(device()))]
 
     def over_images(k, key):
@@ -264,6 +278,7 @@ def describe_folds(solver, operator, y, x) -> list[dict]:
             row[name] = psnr(over_images(k, key), x).mean().item()
         if prox.uses_shrinkage:
             row["shrinkage"] = float(solver.shrinkage[k])
+            row["worth"] = whole - psnr_without_fold(solver, k, *few)
             for suffix in ("_tilde", ""):
                 row[f"latent_norm{suffix}"] = over_images(k, f"latent_norm{suffix}").mean().item()
                 nats = over_images(k, f"log_prob{suffix}").mean().item() / x[0].numel()

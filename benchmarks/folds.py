@@ -1,0 +1,58 @@
+"""What each fold of the kept flow solvers is worth: the PSNR without its prox (λ = 0), and the round trip of
+its flow on what it is given.
+
+Run, in a build with prepared images: python -m benchmarks.folds --build build"""
+
+import argparse
+
+import torch
+
+from companion.experiment import Experiment
+from companion.files import write_json
+from companion.paths import RESULTS
+from companion.provenance import provenance
+from companion.records import measured, psnr_on_test, psnr_without_fold
+from companion.runs import kept_experiments, kept_model
+from flowlib.images import to_tensor
+
+
+@torch.no_grad()
+def describe(record: dict, build: str) -> list[dict]:
+    """One row a fold of a kept solver, on the test images."""
+    experiment = Experiment(**record["experiment"], build=build)
+    run = experiment.solver(record["task"], record["method"])
+    solver, x = kept_model(experiment, run), to_tensor(experiment.split("test"))
+    y, operator = measured(run.task, x, run.seed)
+    whole = psnr_on_test(experiment, run, solver).mean().item()
+    _, folds = solver(y[:50], operator, return_folds=True)
+    rows = []
+    for k, (prox, fold) in enumerate(zip(solver.proxes, folds)):
+        latents, _ = prox.glow(fold.x_tilde)
+        error = (prox.glow.inverse(latents)[0] - fold.x_tilde).abs().max().item()
+        worth = whole - psnr_without_fold(solver, k, operator, y, x)
+        rows.append({"fold": k + 1, "worth": worth, "round_trip": error})
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--build", default="build")
+    args = parser.parse_args()
+    rows = []
+    for record in kept_experiments():
+        if record["kind"] == "solver" and record["settings"]["network"] == "glow":
+            names = {key: record[key] for key in ("task", "method")} | {
+                "profile": record["experiment"]["profile"]
+            }
+            rows += [
+                names | {"edition": record["experiment"]["edition"]} | row
+                for row in describe(record, args.build)
+            ]
+            print(*rows[-record["num_folds"] :], sep="\n", flush=True)
+    write_json(RESULTS / "benchmarks/folds.json", {"rows": rows, **provenance()})
+
+
+if __name__ == "__main__":
+    main()
