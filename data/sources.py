@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import tempfile
 import warnings
 import zipfile
@@ -18,13 +20,15 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from .synthetic import draw_faces
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".avif"}
-LARGEST = 2**28  # bytes of one image file in a zip: more is no photograph
+SUFFIXES = set(".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .jp2 .avif".split())
+UNREADABLE = {".heic", ".heif", ".hif", ".jxl"}  # images, but Pillow reads none of them
+LARGEST = 2**28  # bytes of one image file: more is no photograph
+SAMPLES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}  # from a colour profile's space to Pillow's mode
 CROPS = ("square", "celeba")
 NAMED = ("celeba", "anime", "synthetic", "synthetic-ood")
 IMAGES, MANIFEST = "images.npy", "manifest.json"
@@ -44,32 +48,40 @@ class ImageSet:
 
 def data_dir():
     """The folder in which the user's zips and folders lie: $FLOWLIB_DATA, or `data`."""
-    return Path(os.environ.get("FLOWLIB_DATA", "data"))
+    return Path(os.environ.get("FLOWLIB_DATA") or "data")
 
 
 def prepare(source, out, crop="square", size=64, name=None):
     """Pack a folder or .zip of images into `out`: images.npy (uint8, N x size x size x 3) and manifest.json.
 
     Images are taken in the order of their names, at any depth. crop="square": the largest centred square;
-    crop="celeba": a centred square of 148/178 of the width. Raises FileNotFoundError (no such source) or
-    ValueError (not a zip, no images, unsafe member, corrupt image); then nothing in `out` has changed.
+    crop="celeba": a centred square of 148/178 of the width. Of images with equal pixels the first is packed;
+    pairs that look like one photo are packed and named in the manifest. Raises FileNotFoundError (no such
+    source) or ValueError (not a zip, no images, unsafe member, corrupt image); then `out` has not changed.
     """
     source = Path(source)
     if crop not in CROPS:
         raise ValueError(f"unknown crop {crop!r}: choose one of {', '.join(CROPS)}")
-    if not source.exists():
+    with _reading(source):
+        exists = source.exists()
+    if not exists:
         raise FileNotFoundError(f"{source} does not exist: give a folder or a .zip of images")
     with _open_source(source) as (names, read):
         if not names:
             kinds = "/".join(sorted(s[1:] for s in SUFFIXES))
             raise ValueError(f"{source} holds no images ({kinds}): put some in it, or name another source")
-        contents = hashlib.sha256()
+        contents, packed, twins = hashlib.sha256(), {}, []
 
         def images():
             for member in names:
                 data = read(member)
                 contents.update(f"{member}\0{len(data)}\0".encode(errors="surrogateescape") + data)
-                yield decode(data, f"{member} in {source}", crop, size)[None]
+                image = decode(data, f"{member} in {source}", crop, size)
+                first = packed.setdefault(hashlib.sha256(image).digest(), member)
+                if first == member:
+                    yield image[None]
+                else:
+                    twins.append((_readable(member), _readable(first)))
 
         manifest = {
             "name": name or _readable(source.stem),
@@ -82,13 +94,44 @@ def prepare(source, out, crop="square", size=64, name=None):
             "last_file": _readable(names[-1]),
         }
 
-        def finish():
-            if source.is_dir():
-                return manifest | {"source_sha256": contents.hexdigest()}
-            with open(source, "rb") as file:
-                return manifest | {"source_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        def finish(images_path):
+            shown = [_readable(member) for member in packed.values()]
+            alike = [(shown[a], shown[b]) for a, b in _look_alikes(images_path)]
+            _tell(source, twins, "are left out, with the pixels of others")
+            _tell(source, alike, "look like others: remove one of each two, or training may see test images")
+            digest = contents
+            if not source.is_dir():
+                with open(source, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256")
+            return manifest | {"source_sha256": digest.hexdigest(), "left_out": len(twins), "alike": alike}
 
         return _pack(out, images(), len(names), size, finish)
+
+
+def _tell(source, pairs, what):
+    if pairs:
+        some = ", ".join(f"{a} (as {b})" for a, b in pairs[:3]) + (", ..." if len(pairs) > 3 else "")
+        warnings.warn(f"{len(pairs)} images of {source} {what}: {some}", stacklevel=5)
+
+
+def _look_alikes(images_path):
+    """Pairs of rows of a packed file that show one photo, encoded or scaled twice: they differ by less than
+    25 % of their contrast. CelebA's first 10,000 have five such pairs; others differ by 35 %."""
+    from scipy.spatial import cKDTree  # slow to import
+
+    images = np.load(images_path, mmap_mode="r")
+    half = images.shape[1] // 2
+    contrast = np.array([max(image.std(), 1) for image in images])
+    quarters = [i[: 2 * half, : 2 * half].reshape(2, half, 2, half, 3).mean((1, 3)).ravel() for i in images]
+    tree = cKDTree(np.array(quarters) / contrast[:, None])
+    pairs = set()
+    for row, nearest in enumerate(tree.query(tree.data, k=2)[1]):  # of itself and the nearest other
+        other = nearest[nearest != row][0]
+        if other < len(images):  # else there is one image only
+            difference = images[row].astype(np.float32) - images[other]
+            if np.sqrt(np.square(difference).mean()) < 0.25 * contrast[row]:
+                pairs.add((max(row, int(other)), min(row, int(other))))
+    return sorted(pairs)
 
 
 def _readable(name):
@@ -110,8 +153,10 @@ def prepare_synthetic(out, num_images, style="natural", seed=0, size=64):
         "resample": "none",
         "first_file": "0",
         "last_file": str(num_images - 1),
+        "left_out": 0,
+        "alike": [],
     }
-    return _pack(out, chunks, num_images, size, lambda: manifest)
+    return _pack(out, chunks, num_images, size, lambda _: manifest)
 
 
 def _folders(name):
@@ -123,7 +168,8 @@ def sources_of(name):
     if name not in ("celeba", "anime"):
         return []
     folders = [data_dir() / folder for folder in _folders(name)]
-    found = sorted(data_dir().glob(f"{name}*.zip")) + [folder for folder in folders if folder.is_dir()]
+    zips = (path for path in data_dir().glob(f"{name}*") if path.suffix.lower() == ".zip")
+    found = sorted(zips) + [folder for folder in folders if folder.is_dir()]
     return [str(path) for path in found[:1]]
 
 
@@ -217,7 +263,9 @@ def _open_source(source):
     if source.is_dir():
         yield _image_names(_files(source), source), lambda name: _read_file(source / name)
         return
-    if not source.is_file() or not zipfile.is_zipfile(source):
+    with _reading(source):
+        is_zip = source.is_file() and source.open("rb").close() is None and zipfile.is_zipfile(source)
+    if not is_zip:
         what = f"{source} is neither a folder nor a zip file"
         raise ValueError(f"{what}: give a folder or a .zip of images; a broken download, fetch again")
     with zipfile.ZipFile(source) as archive:
@@ -243,15 +291,15 @@ def _files(folder):
     """Names of the files of a folder at any depth, through links too, each folder once."""
 
     def unreadable(error):
-        raise ValueError(
-            f"cannot read {error.filename} ({error.strerror}): correct its rights, or move it away"
-        )
+        with _reading(error.filename):
+            raise error
 
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         if os.path.realpath(root) in seen:
             folders.clear()
             continue
+        folders.sort()  # so that a folder with a link to it has the same name everywhere
         seen.add(os.path.realpath(root))
         yield from (Path(root, name).relative_to(folder).as_posix() for name in files)
 
@@ -263,6 +311,12 @@ def _image_names(names, source):
         for p in map(PurePosixPath, names)
         if not any(part.startswith((".", "__MACOSX")) for part in p.parts)
     ]
+    unreadable = sorted(str(p) for p in shown if p.suffix.lower() in UNREADABLE)
+    if unreadable:
+        raise ValueError(
+            f"{source} holds {len(unreadable)} images that cannot be read (HEIC or JPEG XL; the first is "
+            f"{unreadable[0]}): convert them to JPEG, or move them away"
+        )
     left_out = Counter(
         p.suffix.lower() or "without a suffix" for p in shown if p.suffix.lower() not in SUFFIXES
     )
@@ -273,21 +327,30 @@ def _image_names(names, source):
 
 
 def _read_file(path):
-    if not path.is_file():  # reading a pipe would never end
-        raise ValueError(f"{path} is no file (a broken link, or a pipe): remove it")
-    try:
+    with _reading(path):
+        if not path.is_file():  # reading a pipe would never end
+            raise ValueError(f"{path} is no file (a broken link, or a pipe): remove it")
+        _check_size(path.stat().st_size, path)
         return path.read_bytes()
+
+
+@contextlib.contextmanager
+def _reading(path):
+    try:
+        yield
     except OSError as error:
         raise ValueError(
             f"cannot read {path} ({error.strerror}): correct its rights, or move it away"
         ) from error
 
 
+def _check_size(num_bytes, where, has="has"):
+    if num_bytes > LARGEST:
+        raise ValueError(f"{where} {has} {num_bytes / 2**20:.0f} MB: remove it")
+
+
 def _read_member(archive, member, source):
-    if member.file_size > LARGEST:
-        raise ValueError(
-            f"{member.filename} in {source} unpacks to {member.file_size / 2**20:.0f} MB: remove it"
-        )
+    _check_size(member.file_size, f"{member.filename} in {source}", "unpacks to")
     try:
         return archive.read(member)
     except Exception as error:  # bad checksum, password, unknown compression
@@ -297,39 +360,97 @@ def _read_member(archive, member, source):
 
 
 def decode(data, where, crop="square", size=64):
-    """Bytes of one image file -> uint8 (size, size, 3); transparent pixels are laid over white. crop: the
-    middle "square", "celeba" as there, or (x, y, zoom): a square zoom times smaller than the largest, x and y
-    from 0 (left, top) to 1. ValueError, naming `where` it came from, for what is no image."""
+    """Bytes of one image file -> uint8 (size, size, 3) in sRGB; transparent pixels are laid over white. crop:
+    the middle "square", "celeba" as there, or (x, y, zoom): a square zoom times smaller than the largest, x
+    and y from 0 (left, top) to 1. ValueError, naming `where` it came from, for what is no image."""
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             file = Image.open(io.BytesIO(data))
+            _check_samples(file)
+            sixteen = re.search(";16[BLN]", str(file.tile))  # Pillow takes the upper eight of the 16 bits
             image = ImageOps.exif_transpose(file)
+            grey = image.mode in ("1", "L", "LA") or image.mode[0] in "IF"
             if image.mode[0] in "IF":  # grey of more than 8 bits, which convert() would clip to 255
                 image = Image.fromarray(_eight_bits(np.asarray(image)))
-            elif "A" in image.getbands() or "transparency" in image.info:
+            elif sixteen:
+                colours = np.asarray(image.convert("RGB"))
+                _check_range(256 * int(colours.min()), 256 * int(colours.max()) + 255)
+            if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 # In 32-bit BMPs the fourth byte may be unused, and is 0 then.
                 if file.format != "BMP" or image.getchannel("A").getextrema()[1]:
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            mode = "L" if grey else "CMYK" if image.mode == "CMYK" else "RGB"
+            mode, to_srgb = _to_srgb(file.info.get("icc_profile") or b"", mode)
             box = _crop_box(*image.size, crop)
-            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, box=box))
+            small = image.convert(mode).resize((size, size), Image.Resampling.LANCZOS, box=box)
+            return np.asarray(to_srgb(small) if to_srgb else _without_gamma(small, file.info))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{where} is too large to decode safely ({error}): shrink or remove it") from error
     except UnidentifiedImageError as error:  # whose message is about the buffer
-        raise ValueError(f"{where} is not a readable image (unknown format): replace or remove it") from error
+        what = "empty" if not data else "unknown format, such as HEIC, or samples that Pillow does not read"
+        raise ValueError(
+            f"{where} is not a readable image ({what}): save it as 8-bit PNG or JPEG, replace or remove it"
+        ) from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
         raise ValueError(f"{where} is not a readable image ({error}): replace or remove it") from error
 
 
+def _check_samples(file):
+    """ValueError for TIFFs that Pillow opens without a word and decodes wrongly."""
+    tags = getattr(file, "tag_v2", {})
+    bits = max(tags.get(258) or (8,))
+    for what, found in {
+        "signed integers": 2 in tags.get(339, ()) and bits < 32,
+        "16 bits in separate planes": bits > 8 and len(file.mode) > 2 and ";16" not in str(file.tile),
+        "16 bits with white as 0": bits > 8 and tags.get(262) == 0,
+    }.items():
+        if found:
+            raise ValueError(f"it holds {what}, which Pillow misreads: save it as PNG")
+
+
+@functools.lru_cache(maxsize=8)
+def _to_srgb(profile, mode):
+    """(mode to convert to, function from there to sRGB) for a file's colour profile. The function is None
+    without a profile, and for a broken one or that of another kind of image, as in browsers."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        takes = SAMPLES.get(source.profile.xcolor_space)
+        if takes == mode or (takes, mode) == ("RGB", "L"):
+            transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), takes, "RGB")
+            return takes, lambda image: ImageCms.applyTransform(image, transform)
+    except (OSError, ValueError, ImageCms.PyCMSError):
+        pass
+    return "RGB", None
+
+
+def _without_gamma(image, info):
+    """In sRGB, from the gamma that a PNG states (1: linear), if it is another than that of screens."""
+    gamma = info.get("gamma")
+    if not gamma or "srgb" in info or abs(gamma - 1 / 2.2) < 0.01:
+        return image
+    linear = (np.arange(256) / 255) ** (1 / gamma)
+    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return image.point(list((encoded * 255).round().astype(int)) * 3)
+
+
 def _eight_bits(grey):
-    """uint8 of floats from 0 to 1, or of 16-bit grey. ValueError for others, such as 12 bits in 16, which
-    would turn out black."""
+    """uint8 of floats from 0 to 1, or of 16-bit grey. ValueError for others."""
     low, high = grey.min(), grey.max()
     if grey.dtype.kind == "f" and 0 <= low <= high <= 1:
         return (grey * 255).round().astype(np.uint8)
-    if grey.dtype.kind != "f" and 0 <= low and 4096 <= high < 65536:
-        return (grey >> 8).astype(np.uint8)
-    raise ValueError(f"its grey goes from {low} to {high}: scale it, integers to 65535 or floats to 1")
+    if grey.dtype.kind == "f" or low < 0 or high > 65535:
+        raise ValueError(f"its values go from {low} to {high}: scale integers to 65535 or floats to 1")
+    _check_range(low, high)
+    return (grey >> 8).astype(np.uint8)
+
+
+def _check_range(low, high):
+    """ValueError for 10, 12 or 14 bits stored in 16, grey or colour: they would turn out dark."""
+    if high < 2**14:
+        raise ValueError(
+            f"its 16-bit values go from {low} to {high}: scale it to 65535, or save a dark photo with 8 bits"
+        )
 
 
 def _crop_box(width, height, crop):
@@ -355,23 +476,28 @@ def _pack(out, chunks, num_images, size, finish):
     """Stream uint8 (n, size, size, 3) chunks into `out`; the manifest comes last and marks it complete."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob(".preparing-*"):
-        if not _is_running(left.name.split("-")[1]):
+    mine = f".preparing-{socket.gethostname()}."  # of other machines nobody here knows whether they still run
+    for left in out.glob(f"{glob.escape(mine)}*"):
+        if not _is_running(left.name.removeprefix(mine).split("-")[0]):
             shutil.rmtree(left, ignore_errors=True)
     pixels = hashlib.sha256()
-    with tempfile.TemporaryDirectory(dir=out, prefix=f".preparing-{os.getpid()}-") as temporary:
+    with tempfile.TemporaryDirectory(dir=out, prefix=f"{mine}{os.getpid()}-") as temporary:
         images_path, manifest_path = Path(temporary) / IMAGES, Path(temporary) / MANIFEST
         with open(images_path, "wb") as file, tqdm(total=num_images, unit="image", desc=str(out)) as bar:
             # Plain writes rather than a memory map: a full disk is then an error, not a crash.
-            header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, size, size, 3)}
+            header = {"descr": "|u1", "fortran_order": False, "shape": (0, size, size, 3)}
             np.lib.format.write_array_header_1_0(file, header)
+            packed = 0
             for chunk in chunks:
                 data = chunk.tobytes()
                 pixels.update(data)
                 file.write(data)
+                packed += len(chunk)
                 bar.update(len(chunk))
-        manifest = finish() | {
-            "num_images": num_images,
+            file.seek(0)  # the header leaves room for any number
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (packed, size, size, 3)})
+        manifest = finish(images_path) | {
+            "num_images": packed,
             "pixels_sha256": pixels.hexdigest(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }

@@ -3,12 +3,18 @@
 import io
 import json
 import os
+import socket
+import struct
 import subprocess
+import sys
+import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -406,7 +412,7 @@ def test_names_that_are_not_utf8_and_linked_folders(tmp_path):
     (tmp_path / "faces/sub").mkdir(parents=True)
     (Path(os.fsdecode(os.fsencode(tmp_path / "faces") + b"/caf\xe9.png"))).write_bytes(png())
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/a.png").write_bytes(png())
+    (tmp_path / "elsewhere/a.png").write_bytes(png(60))
     (tmp_path / "faces/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "faces/sub/round").symlink_to(tmp_path / "faces")  # a loop
     found = data.load(data.prepare(tmp_path / "faces", tmp_path / "out", size=8))
@@ -416,8 +422,8 @@ def test_names_that_are_not_utf8_and_linked_folders(tmp_path):
 def test_what_pillow_opens_is_packed_and_the_rest_is_named(tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()
-    for name in ("a.png", "b.tif", "c.gif", "d.jfif"):
-        Image.new("RGB", (9, 9), "red").save(
+    for i, name in enumerate(("a.png", "b.tif", "c.gif", "d.jfif")):
+        Image.new("RGB", (9, 9), (50 * i, 0, 0)).save(
             folder / name, {"jfif": "jpeg", "tif": "tiff"}.get(name[2:], name[2:])
         )
     for name in ("notes.txt", "more.txt", "raw.cr2"):
@@ -443,10 +449,12 @@ def test_images_do_not_turn_white(tmp_path):
         (np.float32, 0, 1, (0, 255)),
         (np.float32, 0, 0.5, (0, 128)),
         (np.uint16, 0, 4095, "from 0 to 4095: scale it"),
+        (np.uint16, 0, 16383, "from 0 to 16383: scale it"),
         (np.int32, 0, 255, "from 0 to 255: scale it"),
-        (np.int32, -1, 9000, "from -1 to 9000: scale it"),
-        (np.float32, 0, 255, "from 0.0 to 255.0: scale it"),
-        (np.float32, -0.5, 0.5, "from -0.5 to 0.5: scale it"),
+        (np.int32, -1, 9000, "from -1 to 9000: scale"),
+        (np.int32, 0, 65536, "from 0 to 65536: scale"),
+        (np.float32, 0, 255, "from 0.0 to 255.0: scale"),
+        (np.float32, -0.5, 0.5, "from -0.5 to 0.5: scale"),
     ],
 )
 def test_grey_of_more_than_8_bits_keeps_its_range_or_is_refused(dtype, low, high, expected):
@@ -458,7 +466,7 @@ def test_grey_of_more_than_8_bits_keeps_its_range_or_is_refused(dtype, low, high
         decoded = data.decode(file.getvalue(), "a.tif", size=8)
         assert (decoded[0, 0, 0], decoded[-1, -1, -1]) == expected
     else:
-        with pytest.raises(ValueError, match=f"^a.tif is not a readable image .its grey goes {expected}"):
+        with pytest.raises(ValueError, match=f"^a.tif is not a readable image .its .*values go {expected}"):
             data.decode(file.getvalue(), "a.tif", size=8)
 
 
@@ -503,15 +511,16 @@ def test_what_is_no_file_in_a_folder_is_named(tmp_path, kind):
 
 
 def test_what_a_killed_preparation_left_is_cleaned(tmp_path):
-    out = tmp_path / "out"
+    out, host = tmp_path / "out", socket.gethostname()
     gone = subprocess.Popen(["true"])
     gone.wait()
-    for name in (f".preparing-{gone.pid}-abc", ".preparing-abc", f".preparing-{os.getppid()}-abc"):
+    # Of one that still runs, or may still run on another machine, nothing is taken away.
+    left = {f".preparing-{host}.{os.getppid()}-abc", f".preparing-elsewhere.{gone.pid}-abc"}
+    for name in (f".preparing-{host}.{gone.pid}-abc", f".preparing-{host}.abc", *left):
         (out / name).mkdir(parents=True)
         (out / name / "images.npy").write_bytes(bytes(100))
     data.prepare_synthetic(out, 2, size=16)
-    # Of one that still runs, nothing is taken away.
-    assert files_in(out) == [f".preparing-{os.getppid()}-abc", "images.npy", "manifest.json"]
+    assert set(files_in(out)) == {*left, "images.npy", "manifest.json"}
 
 
 def test_names_can_be_shown(tmp_path):
@@ -538,3 +547,335 @@ def test_replaced_pixels_are_noticed(tmp_path):
     np.save(out / "images.npy", images)
     with pytest.raises(ValueError, match=r"images\.npy is damaged: .* prepare it again"):
         data.load(out)
+
+
+# Colour: the numbers are those that Chromium's canvas gives for the same files
+
+
+def fixed(*numbers):
+    return b"".join(struct.pack(">i", round(n * 65536)) for n in numbers)
+
+
+def icc(space, pcs, **tags):
+    """A colour profile, built from its tags."""
+    tags = {"desc": b"desc" + bytes(4) + struct.pack(">I", 2) + b"x" + bytes(80)} | tags
+    tags |= {"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249), "cprt": b"text\0\0\0\0none\0\0\0\0"}
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        place = 132 + 12 * len(tags) + len(body)
+        table += name.encode() + struct.pack(">II", place, len(content))
+        body += content + bytes(-len(content) % 4)
+    head = struct.pack(
+        ">I4xI4s4s4s12x4s", 128 + len(table) + len(body), 0x02400000, b"mntr", space, pcs, b"acsp"
+    )
+    return (head + bytes(28) + fixed(0.9642, 1, 0.8249)).ljust(128, b"\0") + table + body
+
+
+def matrix_icc(curve, *columns):
+    xyz = {f"{c}XYZ": b"XYZ \0\0\0\0" + fixed(*column) for c, column in zip("rgb", columns)}
+    return icc(b"RGB ", b"XYZ ", **xyz, **{f"{c}TRC": curve for c in "rgb"})
+
+
+def gamma_curve(gamma):
+    return b"curv" + bytes(4) + struct.pack(">IHxx", 1, round(gamma * 256))
+
+
+SRGB_CURVE = b"para\0\0\0\0\0\3\0\0" + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+DISPLAY_P3 = matrix_icc(
+    SRGB_CURVE, (0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407)
+)
+ADOBE_RGB = matrix_icc(
+    gamma_curve(2.2), (0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)
+)
+SRGB = matrix_icc(
+    SRGB_CURVE, (0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141)
+)
+LINEAR_GREY = icc(b"GRAY", b"XYZ ", kTRC=gamma_curve(1))
+# Every ink is neutral and takes away half of the lightness; black all of it.
+CMYK_GRID = [(max(0, 255 - 127 * (c + m + y)) * (1 - k), 128, 128) for c, m, y, k in np.ndindex(2, 2, 2, 2)]
+CMYK = icc(
+    b"CMYK",
+    b"Lab ",
+    A2B0=b"mft1\0\0\0\0\4\3\2\0"
+    + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    + bytes(range(256)) * 4
+    + bytes(np.uint8(CMYK_GRID).ravel())
+    + bytes(range(256)) * 3,
+)
+RED = (200, 80, 60)
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    lossless = {"jpeg": {"quality": 100}, "webp": {"lossless": True}, "avif": {"quality": 100}}.get(kind, {})
+    image.save(file, kind, **lossless, **options)
+    return file.getvalue()
+
+
+def colour(content):
+    pixels = data.decode(content, "a", size=8)
+    assert (pixels == pixels[0, 0]).all()
+    return pixels[0, 0].astype(int)
+
+
+def assert_near(content, expected, tolerance=3):
+    assert np.abs(colour(content) - expected).max() <= tolerance, (colour(content), expected)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff", "avif"])
+def test_colour_profiles_become_srgb(kind):
+    image = Image.new("RGB", (16, 16), RED)
+    assert_near(saved(image, kind, icc_profile=DISPLAY_P3), (216, 69, 50))
+    assert_near(saved(image, kind, icc_profile=ADOBE_RGB), (230, 79, 56))
+    assert np.array_equal(
+        colour(saved(image, kind, icc_profile=SRGB)), colour(saved(image, kind, icc_profile=None))
+    )
+
+
+def test_colour_profiles_of_other_kinds_of_images():
+    red = Image.new("RGB", (16, 16), RED)
+    assert_near(saved(red.quantize(4), "png", icc_profile=DISPLAY_P3), (216, 69, 50))
+    half = red.convert("RGBA")
+    half.putalpha(128)  # over white
+    assert_near(saved(half, "png", icc_profile=DISPLAY_P3), (236, 162, 152))
+    for mode in ("L", "LA"):
+        grey = Image.new("L", (16, 16), 100).convert(mode)
+        assert_near(saved(grey, "png", icc_profile=LINEAR_GREY), (168, 168, 168), 1)
+    assert_near(saved(Image.new("L", (16, 16), 100), "jpeg", icc_profile=DISPLAY_P3), (100, 100, 100), 1)
+    deep = Image.fromarray(np.full((16, 16), 100 * 257, np.uint16))
+    assert_near(saved(deep, "png", icc_profile=LINEAR_GREY), (168, 168, 168), 1)
+    inks = Image.new("CMYK", (16, 16), (255, 0, 0, 0))  # L* = 50 by the profile; cyan without it
+    assert_near(saved(inks, "jpeg"), (0, 255, 255))
+    assert_near(saved(inks, "jpeg", icc_profile=CMYK), (119, 119, 119))
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [b"junk" * 50, DISPLAY_P3[:200], LINEAR_GREY, CMYK, DISPLAY_P3.replace(b"RGB ", b"RGB\xf7")],
+    ids=["junk", "truncated", "grey", "cmyk", "no ASCII"],
+)
+def test_a_profile_that_does_not_fit_counts_as_srgb(profile):
+    image = Image.new("RGB", (16, 16), RED)
+    assert np.array_equal(colour(saved(image, "png", icc_profile=profile)), RED)
+    inks = Image.new("CMYK", (16, 16), (0, 200, 180, 10))
+    assert_near(saved(inks, "jpeg", icc_profile=DISPLAY_P3), (245, 52, 72))
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize(
+    "chunks, expected",
+    [
+        ([chunk(b"gAMA", struct.pack(">I", 100_000))], (229, 152, 133)),
+        ([chunk(b"gAMA", struct.pack(">I", 45_455))], RED),
+        ([chunk(b"sRGB", b"\0"), chunk(b"gAMA", struct.pack(">I", 100_000))], RED),
+        ([chunk(b"gAMA", bytes(4))], RED),
+    ],
+)
+def test_the_gamma_of_a_png_is_used(chunks, expected):
+    content = saved(Image.new("RGB", (16, 16), RED), "png")
+    assert_near(content[:33] + b"".join(chunks) + content[33:], expected, 1)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff", "avif"])
+def test_photos_stand_upright(kind):
+    image, exif = Image.new("RGB", (16, 16), "red"), Image.Exif()
+    image.paste("blue", (0, 0, 16, 8))
+    exif[274] = 6  # the top of the scene is at the right
+    pixels = data.decode(saved(image, kind, exif=exif), "a", size=8).astype(int)
+    assert (pixels[:, 7, 2] > 200).all() and (pixels[:, 0, 0] > 200).all()
+
+
+# Samples of more than 8 bits
+
+
+def ramp(dtype, high, channels=3):
+    return np.linspace(0, high, 16 * 16 * channels).reshape(16, 16, channels).squeeze().astype(dtype)
+
+
+def png16(pixels):
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    kind = {2: 4, 3: 2, 4: 6}[pixels.shape[2]]
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *pixels.shape[1::-1], 16, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff(pixels, photometric="rgb", **options):
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, photometric=photometric, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("high", [1023, 4095, 16383, 65535])
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda high: png16(ramp("u2", high)),
+        lambda high: png16(np.dstack([ramp("u2", high), np.full((16, 16), 65535)])),
+        lambda high: png16(np.dstack([ramp("u2", high, 1), np.full((16, 16), 65535)])),
+        lambda high: tiff(ramp("u2", high)),
+        lambda high: tiff(ramp("u2", high), byteorder=">"),
+        lambda high: tiff(ramp("u2", high), compression="zlib"),
+        lambda high: tiff(ramp("u2", high, 1), "minisblack"),
+    ],
+    ids=["png", "png with alpha", "grey png with alpha", "tiff", "big-endian", "compressed", "grey tiff"],
+)
+def test_one_rule_for_16_bits_in_grey_and_colour(encode, high):
+    if high == 65535:
+        pixels = data.decode(encode(high), "a")
+        assert pixels.min() <= 2 and pixels.max() >= 253
+    else:
+        with pytest.raises(ValueError, match=f"^a is not .*its 16-bit values go from 0 to {high}: scale it"):
+            data.decode(encode(high), "a")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (tiff(ramp("i2", 32767, 1), "minisblack"), "holds signed integers, which Pillow misreads"),
+        (tiff(ramp("i1", 127, 1), "minisblack"), "holds signed integers, which Pillow misreads"),
+        (tiff(np.moveaxis(ramp("u2", 65535), 2, 0).copy(), planarconfig="separate"), "in separate planes"),
+        (tiff(ramp("u2", 65535, 1), "miniswhite"), "holds 16 bits with white as 0"),
+        (tiff(ramp("f4", 1)), "samples that Pillow does not read.*: save it as 8-bit PNG or JPEG"),
+        (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+            "unknown format, such as HEIC.*: save it as 8-bit PNG or JPEG",
+        ),
+        (b"", r"\(empty\).*replace or remove it"),
+    ],
+    ids=["int16", "int8", "planes", "white is 0", "float colour", "HEIC", "empty"],
+)
+def test_what_would_be_misread_is_refused(content, message):
+    with pytest.raises(ValueError, match=f"^a is not a readable image .*{message}"):
+        data.decode(content, "a")
+
+
+# Twins
+
+
+def test_equal_images_are_packed_once_and_like_ones_are_named(tmp_path):
+    folder = tmp_path / "faces"
+    (folder / "faces").mkdir(parents=True)
+    faces = data.draw_faces(range(5), size=256)
+    for i, face in enumerate(faces):
+        Image.fromarray(face).save(folder / f"{i}.png")
+    (folder / "faces/1.png").write_bytes((folder / "1.png").read_bytes())
+    Image.fromarray(faces[2]).save(folder / "2.bmp")
+    Image.fromarray(faces[3]).save(folder / "3.jpg", quality=60)
+    Image.fromarray(faces[4]).resize((130, 130)).save(folder / "small.webp")
+    with pytest.warns(UserWarning) as told:
+        packed = data.load(data.prepare(folder, tmp_path / "out"))
+    assert [str(t.message).removeprefix(f"2 images of {folder} ") for t in told] == [
+        "are left out, with the pixels of others: 2.png (as 2.bmp), faces/1.png (as 1.png)",
+        "look like others: remove one of each two, or training may see test images: "
+        "3.png (as 3.jpg), small.webp (as 4.png)",
+    ]
+    assert len(packed) == packed.manifest["num_images"] == 7 and packed.manifest["left_out"] == 2
+    assert packed.manifest["alike"] == [["3.png", "3.jpg"], ["small.webp", "4.png"]]
+    assert len({image.tobytes() for image in packed.images}) == 7
+
+
+@pytest.mark.filterwarnings("ignore:2 images")
+def test_names_that_look_the_same_are_twins_too(tmp_path):
+    for byte in (b"\xe8", b"\xe9", b"\xea"):
+        (tmp_path / "faces").mkdir(exist_ok=True)
+        Path(os.fsdecode(os.fsencode(tmp_path / "faces") + b"/" + byte + b".png")).write_bytes(png())
+    packed = data.load(data.prepare(tmp_path / "faces", tmp_path / "out", size=8))
+    assert len(packed) == 1 and packed.manifest["left_out"] == 2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("style", ["natural", "ood"])
+def test_different_images_are_not_taken_for_twins(tmp_path, style):
+    (tmp_path / "faces").mkdir()
+    for i, face in enumerate(data.draw_faces(range(200), style)):
+        Image.fromarray(face).save(tmp_path / f"faces/{i}.png")
+    checks = np.uint8(np.indices((64, 64)).sum(0) // 4 % 2 * 255)  # two that no blurred copy tells apart
+    for name, pixels in {
+        "checks": checks,
+        "inverse": 255 - checks,
+        "grey": checks // 255 + 127,
+    }.items():
+        Image.fromarray(pixels).save(tmp_path / f"faces/{name}.png")
+    assert len(data.load(data.prepare(tmp_path / "faces", tmp_path / "out"))) == 203
+
+
+# Folders and zips of other people
+
+
+def test_heic_is_not_passed_over(tmp_path):
+    folder = write_images(tmp_path / "faces")
+    for name in ("IMG_2.HEIC", "IMG_1.heic"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"faces holds 2 images that .*IMG_1\.heic\): convert them to JPEG"):
+        data.prepare(folder, tmp_path / "out")
+
+
+def test_linked_folders_have_the_same_names_on_every_machine(tmp_path):
+    for i in range(8):
+        (tmp_path / f"faces/z{i}").mkdir(parents=True)
+        (tmp_path / f"faces/z{i}/a.png").write_bytes(png(20 * i))
+        (tmp_path / f"faces/a{i}").symlink_to(tmp_path / f"faces/z{i}")
+    assert (
+        data.load(data.prepare(tmp_path / "faces", tmp_path / "out", size=8)).manifest["last_file"]
+        == "a7/a.png"
+    )
+
+
+def test_the_suffix_of_a_zip_is_in_any_case(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWLIB_DATA", str(tmp_path))
+    write_zip(tmp_path / "celeba.ZIP", write_images(tmp_path / "faces"))
+    assert data.sources_of("celeba") == [str(tmp_path / "celeba.ZIP")]
+
+
+def test_one_enormous_file_in_a_folder(tmp_path):
+    folder = write_images(tmp_path / "faces")
+    with open(folder / "x.tif", "wb") as file:
+        file.truncate(2**28 + 1)
+    with pytest.raises(ValueError, match=r"x\.tif has 256 MB: remove it"):
+        data.prepare(folder, tmp_path / "out", size=8)
+
+
+@pytest.mark.parametrize("what", ["faces", "faces/sub", "faces/sub/a.png", "faces.zip", "hidden/faces.zip"])
+def test_what_may_not_be_read_is_named(what):
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are root's alone, where root runs it
+        place = Path(place)
+        (place / "faces/sub").mkdir(parents=True)
+        (place / "faces/sub/a.png").write_bytes(png())
+        (place / "hidden").mkdir()
+        for name in ("faces.zip", "hidden/faces.zip"):
+            zipped(place / name, "a.png")
+        locked = place / what if what != "hidden/faces.zip" else place / "hidden"
+        place.chmod(0o777)
+        locked.chmod(0)
+        user = os.geteuid()
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            source = place / (what if what.endswith("zip") else "faces")
+            with pytest.raises(
+                ValueError, match=f"cannot read {place / what} .Permission denied.: correct its"
+            ):
+                data.prepare(source, place / "out")
+        finally:
+            os.seteuid(user)
+            locked.chmod(0o755)
+
+
+def test_a_full_disk_leaves_the_earlier_set(tmp_path):
+    folder, out = write_images(tmp_path / "faces", 3), tmp_path / "out"
+    before = data.load(data.prepare(folder, out, size=8))
+    code = """
+import resource, sys, data
+resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+try:
+    data.prepare(*sys.argv[1:])
+except OSError as error:
+    sys.exit(f"errno {error.errno}")
+"""
+    full = os.environ | {"TMPDIR": "/nowhere"}
+    done = subprocess.run([sys.executable, "-c", code, folder, out], env=full, capture_output=True, text=True)
+    assert "errno 27" in done.stderr
+    assert data.load(out).manifest == before.manifest and files_in(out) == ["images.npy", "manifest.json"]
