@@ -35,6 +35,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         write(folder / path.name)
         _share(folder / path.name, folder.stat().st_mode & 0o666)
         os.replace(folder / path.name, path)
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors tells of a full disk
+        if isinstance(error, OSError) or not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -127,6 +128,20 @@ def test_files_may_be_read_as_the_umask_says(tmp_path, umask):
     for path in tmp_path.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
         assert path.stat().st_gid == tmp_path.stat().st_gid
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    """safetensors has an error of its own for it."""
+    path, limits = tmp_path / "m.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_tensors(path, {"a": torch.zeros(9)}, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="m.safetensors") as told:
+            save_tensors(path, {"a": torch.zeros(2**16)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert told.value.errno == errno.EFBIG and list(tmp_path.iterdir()) == [path]
+    assert load_tensors(path)[0]["a"].numel() == 9
 
 
 def without_locks(monkeypatch, number, folder=""):
