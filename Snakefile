@@ -2,19 +2,23 @@
 # `make book` calls this file. One more way: snakemake --cores all --config profile=cpu dataset=celeba
 # On a cluster, trainings are the notebooks' jobs: snakemake --profile profiles/slurm --config profile=paper dataset=celeba
 import os
-import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
+from companion.book import book_folder, hold
 from companion.experiment import Experiment
 from companion.pages import pages
-from companion.settings import OOD_IMAGES
+from companion.settings import OOD_IMAGES, retrain
 from data import sources_of
 
-os.environ["PYTHONPATH"] = workflow.basedir
+PATHS = [workflow.basedir, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, PATHS)))
+# Without a network npm would try for minutes.
+for name, limit in {"retries": 1, "retry_mintimeout": 1000, "retry_maxtimeout": 1000, "timeout": 20000}.items():
+    os.environ.setdefault(f"npm_config_fetch_{name}", str(limit))
 
 
 def given(name, default):
@@ -23,13 +27,10 @@ def given(name, default):
 
 PROFILE, DATASET = given("profile", "demo"), given("dataset", "synthetic")
 EDITION, SEED, BUILD = given("edition", "v2"), given("seed", 0), given("build", "build")
-RETRAIN = given("retrain", 0)
 LARGE = ("gpu", "gpu-longer", "paper")  # profiles whose networks want a GPU
-os.environ["RETRAIN"] = RETRAIN
-# Commands hold it as it is, some after `rm -rf`.
-if not re.fullmatch(r"[\w./+-]+", BUILD) or BUILD.startswith("-"):
-    raise ValueError(f"BUILD={BUILD!r}: give a path of letters, digits and ./_+- only, without spaces")
-
+if "retrain" in config:
+    os.environ["RETRAIN"] = given("retrain", 0)
+book_folder(BUILD)  # refuses what commands cannot hold
 EXPERIMENT = Experiment(PROFILE, DATASET, EDITION, SEED, BUILD)
 PAGES = pages(EXPERIMENT)
 TRAINING = [name for name, page in PAGES.items() if page.runs]
@@ -54,6 +55,11 @@ RECORDED = sorted(str(path) for path in Path("results").rglob("*") if path.suffi
 # where the project was moved.
 INSIDE = Path(sys.executable).is_relative_to(workflow.basedir)
 PYTHON = shlex.quote(os.path.relpath(sys.executable, workflow.basedir) if INSIDE else sys.executable)
+
+
+# So that `make book` can tell this Snakemake from one that was killed.
+onstart:
+    hold(BUILD)
 
 
 wildcard_constraints:
@@ -129,7 +135,7 @@ for page in PAGES:
             f"{BUILD}/logs/{page}.ipynb",
         params:
             runs=[run.folder_name for run in PAGES[page].runs],
-            retrain=RETRAIN,
+            retrain=retrain(),
             words=parameters(page),
             about=PAGES[page].about,
         threads: cores(page)

@@ -29,7 +29,7 @@ from companion.provenance import provenance
 from companion.runs import ensure
 from companion.shipping import pack, unpack
 from flowlib import Glow, GlowProx, ResNetProx, UnfoldedPGD, load_checkpoint, save_checkpoint
-from flowlib.checkpoints import load_tensors
+from flowlib.checkpoints import load_tensors, save_tensors
 from flowlib.glowip import load_glowip
 from flowlib.training import Training, fit
 
@@ -144,10 +144,9 @@ def _solver_of(**header):
 def _packed_of(**header):
     def make(folder):
         about = {"kind": "packed", "started": False, "bits": 8, "model": {}} | header
-        path, _ = _with_header(
-            folder, json.dumps(about), {"a:scale": torch.ones(1), "a:bits": torch.zeros(1)}
-        )
-        return path, lambda path: unpack(path, folder / "model")
+        tensors = {"a:scale": torch.ones(1), "a:bits": torch.zeros(1)}
+        save_tensors(folder / "m.safetensors", tensors, about)  # with its right hash
+        return folder / "m.safetensors", lambda path: unpack(path, folder / "model")
 
     return make
 

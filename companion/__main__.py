@@ -2,12 +2,15 @@
 verify}."""
 
 import argparse
+import errno
 import sys
 
 import data
 from companion.paths import build_folder
 from companion.settings import EDITIONS, PROFILES
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 SYNTHETIC_IMAGES = 1400  # enough for every profile that uses them
 
 
@@ -137,16 +140,16 @@ def _explorer(**choice):
 
 def _publish(ship, **choice):
     from companion.gallery import publish_picture
-    from companion.runs import is_finished, publish, publish_classical
+    from companion.runs import is_finished, publish_all, publish_classical
     from companion.settings import choose
 
     experiment = _experiment(**choice)
-    for name in ship:
-        choose(experiment.runs(), name, "run")
-    for name, run in experiment.runs().items():
-        if is_finished(experiment, run):
-            print(publish(experiment, run, ship=name in ship))
-            publish_picture(experiment, run)
+    known = experiment.runs()
+    shipped = [choose(known, name, "run") for name in ship]
+    found = [run for run in known.values() if run in shipped or is_finished(experiment, run)]
+    for run, path in zip(found, publish_all(experiment, found, shipped)):
+        print(path)
+        publish_picture(experiment, run)
     publish_classical(experiment)
 
 
@@ -168,5 +171,20 @@ COMMANDS = {
     "verify": _verify,
 }
 
+
+def _told():
+    """main, with one sentence for what the user can put right."""
+    try:
+        return main()
+    except (ValueError, FileNotFoundError) as error:
+        return f"error: {error}"
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        remedy = "free some space" if error.errno in FULL else "make it writable"
+        return f"error: cannot write{where} ({error.strerror}): {remedy}, or give a folder elsewhere (BUILD)"
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(_told())

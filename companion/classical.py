@@ -2,7 +2,6 @@
 their operator to an estimate of the same shape, with at most one parameter, chosen on validation images by
 mean PSNR."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, inpaint_
 from companion.files import write_json
 from companion.provenance import provenance
 from companion.records import data_of, read, recorded, statistics
-from companion.settings import TASKS, evaluation_code
+from companion.settings import TASKS, evaluation_code, retrain
 from companion.training import batches
 from flowlib.images import to_tensor
 from flowlib.metrics import psnr, ssim
@@ -157,7 +156,7 @@ def _record(experiment, task, key):
 
     made = read([path]) if path.exists() else []
     made = [r for r in made if r.get("evaluation_code") == evaluation_code()]
-    kept = [] if os.environ.get("RETRAIN") == "1" else recorded()
+    kept = [] if retrain() else recorded()
     record = next((r for r in [*made, *kept] if fits(r)), None) or _evaluate(
         experiment, task, key, name, about
     )

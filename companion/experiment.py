@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,18 @@ import torch
 import data
 from companion.parameters import check_parameters
 from companion.paths import RESULTS, build_folder
-from companion.settings import EDITIONS, METHODS, OOD_IMAGES, OVERRIDES, PROFILES, TASKS, Method, Run, choose
+from companion.settings import (
+    EDITIONS,
+    METHODS,
+    OOD_IMAGES,
+    OVERRIDES,
+    PROFILES,
+    TASKS,
+    Method,
+    Run,
+    choose,
+    retrain,
+)
 from flowlib import Glow, ResNetProx, UNetProx
 from flowlib.images import split_indices
 from flowlib.training import Training
@@ -26,6 +36,7 @@ class Experiment:
 
     def __init__(self, profile="demo", dataset="synthetic", edition="v2", seed=0, build="build", **overrides):
         check_parameters()
+        data.check_name(str(dataset))
         self.profile = choose(PROFILES, profile, "profile")
         self.edition = choose(EDITIONS, edition, "edition")
         for name in overrides:
@@ -129,7 +140,7 @@ class Experiment:
         found = [name for name in self.profile.methods.get(task, ()) if self._has(task, METHODS[name])]
         folder = RESULTS / "checkpoints" / self.key / self.names["edition"]
         kept = [name for name in found if (folder / f"{task}-{name}.safetensors").exists()]
-        return found if self.overrides or os.environ.get("RETRAIN") == "1" else kept or found
+        return found if self.overrides or retrain() else kept or found
 
     def runs(self) -> dict[str, Run]:
         """All runs that this edition has, by name, whatever the profile trains by default."""

@@ -29,13 +29,17 @@ def _commit():
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
         return done.stdout.strip()
 
+    unknown = "unknown"
     try:
         # An unpacked archive may lie inside another project's repository.
-        if Path(git("rev-parse", "--show-toplevel")) != ROOT:
-            return os.environ.get("GIT_COMMIT", "unknown")
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT", "unknown")
+        if Path(git("rev-parse", "--show-toplevel")) == ROOT:
+            changed = "+" if git("status", "--porcelain", "-uno") else ""
+            return git("rev-parse", "--short=10", "HEAD") + changed
+    except FileNotFoundError:
+        unknown += " (git is not installed)"
+    except subprocess.CalledProcessError as error:  # such as: detected dubious ownership
+        unknown += f" (git: {error.stderr.partition(' at ')[0].strip()})"  # without the place
+    return os.environ.get("GIT_COMMIT", unknown)
 
 
 def _hardware():

@@ -9,13 +9,13 @@ Each finished run is published to results/ at once; what is recorded there is no
 """
 
 import argparse
-import fcntl
 import subprocess
 import sys
 from collections.abc import Iterator
 
 from companion.experiment import Experiment
 from companion.gallery import publish_picture
+from companion.locks import locked
 from companion.records import read
 from companion.runs import kept_place, publish
 from companion.settings import Run
@@ -57,21 +57,19 @@ def is_recorded(experiment: Experiment, run: Run) -> bool:
 def work(experiment: Experiment, run: Run):
     """Makes and publishes one run, in a process of its own, unless somebody else is at it."""
     place = experiment.directory(run)
-    place.mkdir(parents=True, exist_ok=True)
-    with open(place / "queue.lock", "wb") as lock, open(place / "output.log", "ab") as log:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        if is_recorded(experiment, run):
-            return
-        print(experiment.place(run), flush=True)
-        options = dict(run=run.name) | experiment.names | {"build": experiment.build}
-        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        done = subprocess.run([sys.executable, "-m", "companion", "run", *words], stdout=log, stderr=log)
-        if done.returncode == 0:
-            publish(experiment, run)
-            publish_picture(experiment, run)
+    try:
+        with locked(place / "queue.lock"), open(place / "output.log", "ab") as log:
+            if is_recorded(experiment, run):
+                return
+            print(experiment.place(run), flush=True)
+            options = dict(run=run.name) | experiment.names | {"build": experiment.build}
+            words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+            done = subprocess.run([sys.executable, "-m", "companion", "run", *words], stdout=log, stderr=log)
+            if done.returncode == 0:
+                publish(experiment, run)
+                publish_picture(experiment, run)
+    except BlockingIOError:
+        return
 
 
 def main():

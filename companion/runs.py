@@ -1,21 +1,19 @@
 """The runs of an experiment, as notebooks and commands ask for them: what is made already is loaded, what is
 kept with the code and fits is restored, and what is missing is trained."""
 
-import fcntl
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from companion import records
 from companion.experiment import Experiment
+from companion.locks import locked
 from companion.paths import RESULTS
 from companion.provenance import provenance
-from companion.settings import Run, evaluation_code
-from companion.shipping import pack, unpack
+from companion.settings import Run, evaluation_code, retrain
+from companion.shipping import counted_from, pack, sha256, unpack
 from companion.training import model_path, train
 from flowlib import load_checkpoint
 from flowlib.checkpoints import load_tensors, save_checkpoint
@@ -28,16 +26,13 @@ def ensure(experiment: Experiment, run: Run) -> dict:
 
     With RETRAIN=1 in the environment, models that are kept with the code are not used. Several processes may
     ask for the same run: one makes it. A run that diverged has a record too, of kind "failed"."""
+    record = _whole(experiment, run)
+    if record and _is_current(record):  # read without a right to write
+        return record
     if run.start:
         ensure(experiment, run.start)
     with _locked(experiment.directory(run) / "lock"):
-        record = _finished(experiment, run)
-        if record and record["kind"] != "failed" and not model_path(experiment, run).exists():
-            record = None  # somebody deleted the model: it is restored, or trained again
-        if os.environ.get("RETRAIN") == "1":
-            record = None if record and record.get("kept") else record
-        else:
-            record = record or _restored(experiment, run)
+        record = _whole(experiment, run) or (None if retrain() else _restored(experiment, run))
         if record is None:
             return _make(experiment, run)
         return record if _is_current(record) else _evaluate(experiment, run)
@@ -73,17 +68,8 @@ def kept_place(experiment: Experiment, run: Run) -> tuple[Path, Path]:
     return RESULTS / "runs" / f"{place}.json", RESULTS / "checkpoints" / f"{place}.safetensors"
 
 
-@contextmanager
-def _locked(path) -> Iterator[None]:
-    """Waits for its turn; the kernel frees the lock of a process that was killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process is making {path.parent.name}: waiting for it", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _locked(path):
+    return locked(path, f"another process is making {path.parent.name}: waiting for it")
 
 
 def _read(path):
@@ -102,6 +88,14 @@ def _finished(experiment, run):
     return record if record and _fits(record, run, experiment) else None
 
 
+def _whole(experiment, run):
+    """The finished record, unless somebody deleted the model, or it was kept with the code and RETRAIN=1."""
+    record = _finished(experiment, run)
+    if not record or record["kind"] == "failed":
+        return record
+    return record if model_path(experiment, run).exists() and not (record.get("kept") and retrain()) else None
+
+
 def _is_current(record):
     """Whether today's code would evaluate to the same. What is kept with the code is checked by `verify`."""
     return record["kind"] == "failed" or record.get("kept") or record["evaluation_code"] == evaluation_code()
@@ -112,9 +106,11 @@ def _restored(experiment, run):
     record = _read(record_path)
     if not record or not kept.exists() or not _fits(record, run, experiment):
         return None
+    own = experiment.directory(run) / "record.json"
+    own.unlink(missing_ok=True)  # never an old record beside another model
     unpack(kept, model_path(experiment, run), _kept_start(experiment, run))
     record["kept"] = True
-    records.write(experiment.directory(run) / "record.json", record)
+    records.write(own, record)
     return record
 
 
@@ -127,6 +123,7 @@ def _make(experiment, run):
         # A run that diverged is a result too.
         model_path(experiment, run).unlink(missing_ok=True)
         return records.write_failed(experiment, run, directory, str(error), error.summary, started)
+    (directory / "record.json").unlink(missing_ok=True)  # never an old one beside another model
     info = {"summary": summary, "provenance": started, "settings": run.as_dict()}
     save_checkpoint(model_path(experiment, run), model, **info)
     return _evaluate(experiment, run)
@@ -144,34 +141,74 @@ def _evaluate(experiment, run):
 
 
 def publish(experiment: Experiment, run: Run, ship: bool = False) -> Path:
-    """Copies the record of a finished run to results/, to be kept with the code; with ship, its model too,
-    small."""
+    """publish_all of one run: the path of its record."""
+    return publish_all(experiment, [run], [run] if ship else [])[0]
+
+
+def publish_all(experiment: Experiment, runs: list[Run], ship: list[Run] = ()) -> list[Path]:
+    """Copies the records of finished runs to results/, to be kept with the code; the models of those in ship,
+    too, small. Nothing is replaced before all is written, and what replaces needs no space: a flow and the
+    solvers that are counted from it stay together. Raises FileNotFoundError and ValueError before that."""
+    found = {run.name: _publishable(experiment, run, run in ship) for run in runs}
+    for run in ship:
+        start = _kept_start(experiment, run)
+        if start and not start.exists() and run.start not in ship:
+            with_it = f"--ship {run.start.name} {run.name}"
+            raise ValueError(f"{run.name} is kept as differences to its flow, which is not kept: {with_it}")
+    new = {}  # {path: where it is written first}
+    try:
+        for run in sorted(runs, key=lambda run: run.kind != "flow"):
+            record_path, kept = kept_place(experiment, run)
+            if run in ship:
+                start = _kept_start(experiment, run)
+                new[kept] = kept.with_name(f".{kept.name}.new")
+                _ship(experiment, run, found[run.name], new[kept], new.get(start, start))
+            new[record_path] = record_path.with_name(f".{record_path.name}.new")
+            records.write(new[record_path], found[run.name])
+        _check_counted(new)
+        for path, written in new.items():
+            os.replace(written, path)
+    finally:
+        for written in new.values():
+            written.unlink(missing_ok=True)
+    return [kept_place(experiment, run)[0] for run in runs]
+
+
+def _publishable(experiment, run, ship):
+    """The record of a run that can be published."""
     record = _read(experiment.directory(run) / "record.json")
-    if not record:
+    record_path, kept = kept_place(experiment, run)
+    if not record or ship and record["kind"] != "failed" and not model_path(experiment, run).exists():
         raise FileNotFoundError(
             f"{run.name} is not finished in {experiment.build}: make it first (python -m companion run)"
         )
-    record_path, kept = kept_place(experiment, run)
+    if ship and record["kind"] == "failed":
+        raise ValueError(f"{run.name} diverged: there is no model of it to keep")
     record.pop("kept", None)
-    small = kept.with_name(f".{kept.name}.new")
-    try:
-        if ship:
-            _ship(experiment, run, record, small)
-        records.write(record_path, record)
-        if ship:  # last, as it needs no space: a full disk leaves the old record with its own model
-            os.replace(small, kept)
-    finally:
-        small.unlink(missing_ok=True)
-    return record_path
+    if kept.exists() and not ship and _read(record_path) != record:
+        raise ValueError(f"{kept} is of another training: --ship {run.name} replaces it, too")
+    return record
 
 
-def _ship(experiment, run, record, path):
+def _check_counted(new):
+    """ValueError where new, a kept flow among it, leaves solvers that are counted from the old one."""
+    old = {sha256(path) for path in new if path.suffix == ".safetensors" and path.exists()}
+    old -= {sha256(new[path]) for path in new}
+    others = [path for path in (RESULTS / "checkpoints").rglob("*.safetensors") if old and path not in new]
+    left = [path.stem for path in others if counted_from(path) in old]
+    if left:
+        raise ValueError(
+            f"{', '.join(left)}: counted from the flow kept now: --ship them too, or delete them"
+        )
+
+
+def _ship(experiment, run, record, path, start):
     """Writes the model to path, in the fewest bits that cost at most 0.02 dB on the test images."""
     for bits in (6, 7, 8, 16):
-        pack(model_path(experiment, run), path, _kept_start(experiment, run), bits, settings=run.as_dict())
+        pack(model_path(experiment, run), path, start, bits, settings=run.as_dict())
         if run.kind == "flow":
             return
-        found = records.psnr_on_test(experiment, run, kept_model(experiment, run, path))
+        found = records.psnr_on_test(experiment, run, kept_model(experiment, run, path, start))
         cost = record["psnr"]["mean"] - found.mean().item()
         if cost <= 0.02:
             return
@@ -200,9 +237,10 @@ def kept_experiments() -> Iterator[dict]:
         yield json.loads((RESULTS / "runs" / place).read_text(encoding="utf-8"))
 
 
-def kept_model(experiment: Experiment, run: Run, path: Path | None = None):
-    """The model of a run that is kept with the code (or at path): a Glow, or an UnfoldedPGD."""
-    path = path or kept_place(experiment, run)[1]
+def kept_model(experiment: Experiment, run: Run, path: Path | None = None, start: Path | None = None):
+    """The model of a run that is kept with the code (or at path, counted from the flow at start): a Glow, or
+    an UnfoldedPGD."""
+    path, start = path or kept_place(experiment, run)[1], start or _kept_start(experiment, run)
     with tempfile.TemporaryDirectory() as folder:
-        unpack(path, Path(folder) / "model", _kept_start(experiment, run))
+        unpack(path, Path(folder) / "model", start)
         return load_checkpoint(Path(folder) / "model").requires_grad_(False)

@@ -5,6 +5,7 @@ import ast
 import functools
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from companion.paths import ROOT
@@ -435,6 +436,15 @@ def _plain(node):
 
 def _is_docstring(node):
     return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
+
+
+def retrain() -> bool:
+    """Whether RETRAIN=1 is set: then nothing that is kept with the code is used in place of a training.
+    ValueError for a value other than 0 and 1."""
+    value = os.environ.get("RETRAIN", "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"RETRAIN={value!r}: give 1, to train everything anew, or 0")
+    return value == "1"
 
 
 def choose(table: dict, key: str, what: str):

@@ -1,15 +1,20 @@
 """Models kept with the code, small: a flow in half precision; of a solver integers of a few bits with one
 scale a row, counted, where it started from a flow, from that flow as it is kept."""
 
+import hashlib
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from companion.paths import RESULTS
 from flowlib.checkpoints import load_tensors, save_tensors
 
+FIRST_DIGESTS = RESULTS / "checkpoints" / "sha256.json"  # {file: {"sha256", "start": that of its flow}}
 SMALLEST = 1024  # numbers of a tensor that is worth packing
 
 
@@ -29,19 +34,22 @@ def pack(model: Path, kept: Path, start: Path | None = None, bits: int = 8, **in
         else:
             small[name] = value
     shapes = {name: list(value.shape) for name, value in tensors.items() if f"{name}:bits" in small}
-    about = {"bits": bits, "shapes": shapes, "started": start is not None}
+    about = {"bits": bits, "shapes": shapes, "started": start is not None, "start": start and sha256(start)}
     save_tensors(kept, small, {"kind": "packed", "model": header} | about)
 
 
 def unpack(kept: Path, model: Path, start: Path | None = None):
-    """Writes the checkpoint that pack made small. ValueError where the flow that it needs is not given."""
-    tensors, header = load_tensors(kept)
+    """Writes the checkpoint that pack made small. ValueError where the flow that it needs is not given, or is
+    not the one that it was counted from."""
+    tensors, header = _checked(kept)
     if header.get("kind") != "packed":
         return save_tensors(
             model, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, header
         )
-    if header["started"] and start is None:
-        raise ValueError(f"{kept} holds differences to a flow: give that flow, as it is kept")
+    if header["started"] and not (start and start.exists()):
+        raise ValueError(f"{kept} holds differences to a flow: give that flow, as it is kept, or fetch both")
+    if header["started"] and header["start"] != sha256(start):
+        raise ValueError(f"{kept} holds differences to another flow than {start}: fetch both again")
     of_start = _tensors_of(start)
     try:
         for name, shape in header["shapes"].items():
@@ -52,8 +60,34 @@ def unpack(kept: Path, model: Path, start: Path | None = None):
     save_tensors(model, tensors, header["model"])
 
 
+def sha256(path: Path) -> str:
+    """Of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def counted_from(kept: Path) -> str | None:
+    """The sha256 of the kept flow that a kept solver's folds are counted from, if they are."""
+    return _checked(kept)[1].get("start")
+
+
+def _checked(kept):
+    """(tensors, header) of a kept model. The first ones hold no digest, nor that of the flow that they are
+    counted from: both stand in a file beside them."""
+    tensors, header = load_tensors(kept)
+    with safe_open(kept, "pt") as file:
+        hashed = "sha256" in file.metadata()
+    if not hashed or header.get("started") and "start" not in header:
+        first = json.loads(FIRST_DIGESTS.read_text(encoding="utf-8")) if FIRST_DIGESTS.exists() else {}
+        known = {entry["sha256"]: entry["start"] for entry in first.values()}
+        if sha256(kept) not in known:
+            raise ValueError(f"{kept} is damaged ({FIRST_DIGESTS} lacks its hash): fetch it again")
+        header["start"] = known[sha256(kept)]
+    return tensors, header
+
+
 def _tensors_of(start):
-    return load_tensors(start)[0] if start else {}
+    return _checked(start)[0] if start else {}
 
 
 def _at_start(name, of_start):

@@ -3,6 +3,7 @@ also where the user's own images lie; git ignores those."""
 
 from .sources import (
     ImageSet,
+    check_name,
     data_dir,
     decode,
     load,
@@ -16,6 +17,7 @@ from .synthetic import draw_faces
 
 __all__ = [
     "ImageSet",
+    "check_name",
     "data_dir",
     "decode",
     "draw_faces",

@@ -199,6 +199,15 @@ def prepare_named(name, out, num_images=None):
     )
 
 
+def check_name(name):
+    """ValueError for a name of a data set that folders, Snakemake or a shell would misread."""
+    if not re.fullmatch(r"[\w(][\w .,+@()-]{0,99}", name) or name.endswith(" "):
+        raise ValueError(
+            f"{name!r} is no name for a data set: choose one of at most 100 letters, digits, spaces and"
+            " .,+-_@(), in UTF-8 (--name)"
+        )
+
+
 def prepare_into(source, folder, name=None, crop="square", num_images=None):
     """Pack a known set, or the folder or zip at a path, into folder/name; the path that it went to.
 
@@ -208,8 +217,7 @@ def prepare_into(source, folder, name=None, crop="square", num_images=None):
     name = name or (
         source if source in NAMED else path.stem if path.suffix.lower() == ".zip" else path.resolve().name
     )
-    if name != Path(name).name or name in ("", ".", "..") or _readable(name) != name:
-        raise ValueError(f"{name!r} is no name for a data set: choose one without slashes, in UTF-8 (--name)")
+    check_name(name)
     if source in NAMED:
         return prepare_named(source, Path(folder) / name, num_images)
     return prepare(path, Path(folder) / name, crop, name=name)

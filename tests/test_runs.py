@@ -2,24 +2,27 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from companion import figures, paths, records, runs, settings, tables
+from companion import book, figures, locks, paths, records, runs, settings, tables, training
 from companion.__main__ import main
 from companion.experiment import Experiment
 from companion.training import model_path
-from flowlib.checkpoints import load_tensors
+from flowlib.checkpoints import load_checkpoint, load_tensors, save_checkpoint
 from flowlib.training import Training
 from tests.conftest import ROOT
+from tests.test_flow import randomize
 
 
 @pytest.fixture
@@ -89,6 +92,52 @@ def test_a_second_process_says_that_it_waits(tmp_path, capsys):
         order.append("first")
     thread.join()
     assert "another process is making inpainting-glow-0123456789" in told and order == ["first", "second"]
+
+
+def test_a_finished_run_is_read_without_a_right_to_write(smoke, monkeypatch):
+    """By another user, in a clone that is not theirs."""
+    run = smoke.solver("denoising", "glow")
+    record = runs.ensure(smoke, run)
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    for module, name in ((runs, "locked"), (locks, "open"), (os, "mkdir"), (os, "replace")):
+        monkeypatch.setattr(module, name, refused, raising=False)
+    assert runs.ensure(smoke, run) == record and runs.load(smoke, run)
+
+
+def test_everything_is_trained_anew_when_asked(smoke, monkeypatch):
+    """With RETRAIN=1, what is finished too; a build that was killed at it goes on; the next one without it
+    leaves all as it is."""
+    flow, run = smoke.flow(), smoke.solver("denoising", "glow")
+    trained, choice = [], dict(smoke.names, build=str(smoke.build))
+
+    def train(experiment, run):
+        trained.append(run.name)
+        return training.train(experiment, run)
+
+    def snakemake(command, env, **_):
+        if "--unlock" not in command:
+            assert env["RETRAIN"] == os.environ["RETRAIN"]
+            for asked in (flow, run)[: snakemake.until]:
+                runs.ensure(smoke, asked)
+        return subprocess.CompletedProcess(command, int(snakemake.until < 2))
+
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(book, "subprocess", SimpleNamespace(run=snakemake, DEVNULL=None))
+    wanted = [("0", 2, ["flow", "denoising-glow"]), ("0", 2, []), ("1", 2, ["flow", "denoising-glow"])]
+    wanted += [("1", 1, ["flow"]), ("1", 2, ["denoising-glow"]), ("0", 2, []), ("", 2, [])]
+    for value, snakemake.until, expected in wanted:
+        monkeypatch.setenv("RETRAIN", value)
+        trained.clear()
+        (smoke.build / "executed").mkdir(exist_ok=True)
+        assert book.build_book(**choice) == int(snakemake.until < 2)
+        assert trained == expected, (value, snakemake.until)
+        assert (smoke.build / "executed").exists() != (value == "1" and "flow" in expected)
+    monkeypatch.setenv("RETRAIN", "yes")
+    with pytest.raises(ValueError, match="^RETRAIN='yes': give 1"):
+        book.build_book(**choice)
 
 
 def test_other_settings_are_another_run(smoke):
@@ -203,6 +252,53 @@ def test_images_that_are_not_there_are_no_failure(smoke, results, tmp_path, monk
     monkeypatch.setenv("FLOWLIB_DATA", str(tmp_path))
     [row] = records.verify(tmp_path / "other")
     assert "not evaluated: no celeba images" in row["found"]
+
+
+def test_a_solver_is_published_with_its_flow(smoke, results):
+    """Or not at all: it is kept as differences to the flow."""
+    flow, run = smoke.flow(), smoke.solver("denoising", "glow")
+    runs.ensure(smoke, run)
+    publish = ["publish", "--profile", "smoke", "--build", str(smoke.build), "--ship"]
+    before = sorted(results.rglob("*"))
+    with pytest.raises(ValueError, match="its flow, which is not kept: --ship flow denoising-glow"):
+        main([*publish, "denoising-glow"])
+    with pytest.raises(FileNotFoundError, match="inpainting-unet is not finished"):
+        main([*publish, "flow", "inpainting-unet"])
+    assert sorted(results.rglob("*")) == before
+    main([*publish, "flow", "denoising-glow"])
+    assert runs.kept_model(smoke, run)
+    main([*publish, "flow"])  # the same one
+    path = model_path(smoke, flow)
+    save_checkpoint(path, randomize(load_checkpoint(path)), **load_tensors(path)[1]["info"])
+    (_, kept), kept_content = runs.kept_place(smoke, flow), runs.kept_place(smoke, flow)[1].read_bytes()
+    with pytest.raises(ValueError, match="denoising-glow: counted from the flow kept now: --ship them too"):
+        main([*publish, "flow"])
+    assert kept.read_bytes() == kept_content and runs.kept_model(smoke, run)
+    main([*publish, "flow", "denoising-glow"])
+    assert kept.read_bytes() != kept_content and runs.kept_model(smoke, run)
+    forgotten = smoke.directory(run) / "record.json"
+    records.write(forgotten, json.loads(forgotten.read_text()) | {"date": "another training"})
+    with pytest.raises(ValueError, match="denoising-glow.safetensors is of another training: --ship"):
+        main(publish[:-1])
+
+
+def test_a_full_disk_leaves_flow_and_solver_together(smoke, results, monkeypatch):
+    pair = [smoke.flow(), smoke.solver("denoising", "glow")]
+    runs.ensure(smoke, pair[1])
+    runs.publish_all(smoke, pair, pair)
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    path, packed = model_path(smoke, pair[0]), runs.pack
+    save_checkpoint(path, randomize(load_checkpoint(path)), **load_tensors(path)[1]["info"])
+
+    def full(model, *args, **options):
+        if "denoising" in str(model):
+            raise OSError(28, "No space left on device")
+        packed(model, *args, **options)
+
+    monkeypatch.setattr(runs, "pack", full)
+    with pytest.raises(OSError, match="No space left"):
+        runs.publish_all(smoke, pair, pair)
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before
 
 
 def test_an_unfinished_run_is_not_published(smoke):

@@ -5,9 +5,13 @@ import copy
 import pytest
 import torch
 
-from companion.shipping import _pack, _unpack, pack, unpack
+from companion.paths import RESULTS
+from companion.shipping import _pack, _unpack, counted_from, pack, sha256, unpack
 from flowlib import Glow, GlowProx, UNetProx, UnfoldedPGD, load_checkpoint, save_checkpoint
 from tests.test_flow import randomize
+
+KEPT = RESULTS / "checkpoints"
+FLOWS = sorted(KEPT.rglob("flow*.safetensors"))
 
 
 @pytest.mark.parametrize("bits", [6, 8])
@@ -44,6 +48,36 @@ def test_a_solver_is_counted_from_its_flow(tmp_path):
     assert error("kept-half") < 1e-3  # needs no flow
     with pytest.raises(ValueError, match="differences to a flow: give that flow"):
         unpack(tmp_path / "kept", tmp_path / "back")
+    save_checkpoint(tmp_path / "other", randomize(copy.deepcopy(flow), seed=7))
+    pack(tmp_path / "other", tmp_path / "kept-other")
+    for wrong in ("kept-other", "flow"):  # the same flow, but not as it was kept
+        with pytest.raises(ValueError, match="kept holds differences to another flow than .*: fetch both"):
+            unpack(tmp_path / "kept", tmp_path / "none", tmp_path / wrong)
+    assert not (tmp_path / "none").exists()
+
+
+def start_of(path):
+    """The flow that a kept model is counted from."""
+    digest = counted_from(path)
+    return next((flow for flow in FLOWS if sha256(flow) == digest), None)
+
+
+@pytest.mark.parametrize("name", [path.relative_to(KEPT).as_posix() for path in KEPT.rglob("*.safetensors")])
+def test_every_kept_model_is_checked(tmp_path, name):
+    """Also those kept before files held their own hash: whole, they are unpacked; with a flipped bit, or with
+    another flow, refused."""
+    start = start_of(KEPT / name)
+    assert (start is None) == (counted_from(KEPT / name) is None)
+    unpack(KEPT / name, tmp_path / "model", start)
+    content = bytearray((KEPT / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped").write_bytes(content)
+    with pytest.raises(ValueError, match="flipped is damaged .*fetch it again"):
+        unpack(tmp_path / "flipped", tmp_path / "none", start)
+    if start:
+        with pytest.raises(ValueError, match="another flow than .*: fetch both"):
+            unpack(KEPT / name, tmp_path / "none", next(flow for flow in FLOWS if flow != start))
+    assert not (tmp_path / "none").exists()
 
 
 def test_others_are_kept_whole(tmp_path):

@@ -4,11 +4,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from companion.locks import locked
 from tests.conftest import ROOT
 
 PAGE = "build/executed/in_distribution-inpainting.ipynb"
@@ -98,6 +101,32 @@ def test_only_what_is_affected_is_made_again(project):
     assert "Nothing to be done" in snakemake(moved, PAGE, dry=True)
 
 
+def test_another_snakemake_keeps_its_lock(project):
+    """One that `make book` did not start; nor are the settings of its build changed."""
+    build, environment = project / "build", os.environ | {"PYTHONPATH": str(project)}
+    for made in ("data", "logs"):
+        shutil.rmtree(build / made, ignore_errors=True)
+    (project / "config.json").write_text('{"profile": "smoke"}')
+    command = [sys.executable, "-m", "snakemake", PAGE, "--cores", "1", "--configfile", "config.json"]
+    plain = subprocess.Popen(command, cwd=project, env=environment, start_new_session=True)
+    try:
+        while not list(build.glob("data/*/.preparing-*")):  # it works
+            assert plain.poll() is None
+            time.sleep(0.1)
+        os.killpg(plain.pid, signal.SIGSTOP)
+        book = [sys.executable, "-m", "companion", "book", "--profile", "cpu"]
+        done = subprocess.run(book, cwd=project, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and f"another build of {build} is running" in done.stderr
+        assert list(project.glob(".snakemake/locks/*")) and not (build / "config.json").exists()
+    finally:
+        os.killpg(plain.pid, signal.SIGKILL)
+        plain.wait()
+    shutil.rmtree(project / ".snakemake/locks")
+    with locked(build / "lock"):  # is free again
+        found = snakemake(project, "build/data/synthetic/images.npy", fails=True)
+        assert f"another build of {build} is running" in found
+
+
 def test_a_cluster_is_told_what_a_page_needs(project):
     """The same DAG with a profile for a cluster; a dry run, as no cluster is here."""
     found = snakemake(project, dry=True, profile="paper")
@@ -126,6 +155,27 @@ def test_names_that_look_like_numbers_stay_names(project, name):
     assert f"build/data/{name}/manifest.json" in found
 
 
+def test_the_path_to_modules_is_extended(project, monkeypatch):
+    """`module load` sets it on clusters; and RETRAIN reaches the notebooks, or is refused."""
+    (project / "Snakefile").write_text(
+        (ROOT / "Snakefile").read_text(encoding="utf-8")
+        + """
+rule told:
+    shell:
+        "echo TOLD $PYTHONPATH, $RETRAIN"
+""",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("RETRAIN", "1")
+    monkeypatch.setenv("PYTHONPATH", "/modules")
+    command = [sys.executable, "-m", "snakemake", "told", "--cores", "1", "--config", "profile=smoke"]
+    for given, expected in (([], "1"), (["retrain=0"], "0")):
+        done = subprocess.run([*command, *given], cwd=project, capture_output=True, text=True)
+        assert f"TOLD {project}:/modules, {expected}\n" in done.stdout, done.stderr
+    assert "RETRAIN='yes': give 1" in snakemake(project, dry=True, fails=True, retrain="yes")
+    shutil.copy(ROOT / "Snakefile", project)
+
+
 @pytest.mark.parametrize("build", ["my build", "$HOME", "-r"])
 def test_a_build_whose_name_a_shell_would_change_is_refused(project, build):
     found = snakemake(project, dry=True, fails=True, build=build)
@@ -133,14 +183,23 @@ def test_a_build_whose_name_a_shell_would_change_is_refused(project, build):
 
 
 def test_make_hands_on_what_it_was_given(tmp_path):
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n", encoding="utf-8")
+    python = tmp_path / "a python" / "python"
+    python.parent.mkdir()
+    told = "printf '%s\\n' \"$@\" RETRAIN=$RETRAIN $PYTHONPATH"
+    python.write_text(f"#!/bin/sh\n{told}\n", encoding="utf-8")
     python.chmod(0o755)
-    build, dataset = """my "build's"; exit 3;""", 'a "b"'
+    build, dataset, seed = """my "build's"; exit 3;""", 'a "b"', f"x$(shell touch {tmp_path}/x)`id`$$HOME"
     command = ["make", "-s", "book", "verify", f"PYTHON={python}", f"BUILD={build}", f"DATASET={dataset}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    environment = os.environ | {"PYTHONPATH": "/modules", "SEED": seed}
+    options = dict(cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "RETRAIN=1"], check=True, env=environment, **options)
     found = done.stdout.splitlines()
     assert found.count(build) == 2 and dataset in found and f"The book is at {build}/html" in done.stdout
+    assert seed in found and "RETRAIN=1" in found and f"{ROOT}:/modules" in found
+    assert not (tmp_path / "x").exists()
+    python.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    done = subprocess.run(command, **options)
+    assert f"PYTHON={python} is no Python with the packages of requirements.txt" in done.stderr
 
 
 def test_every_edition_and_profile_has_a_plan(project):
