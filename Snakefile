@@ -30,7 +30,7 @@ os.environ["RETRAIN"] = RETRAIN
 if not re.fullmatch(r"[\w./+-]+", BUILD) or BUILD.startswith("-"):
     raise ValueError(f"BUILD={BUILD!r}: give a path of letters, digits and ./_+- only, without spaces")
 
-EXPERIMENT = Experiment(PROFILE, DATASET, EDITION, SEED, BUILD)
+EXPERIMENT = Experiment(PROFILE, DATASET, EDITION, int(SEED), BUILD)
 PAGES = pages(EXPERIMENT)
 TRAINING = [name for name, page in PAGES.items() if page.runs]
 # Faces out of distribution, where the data set has such a companion.

@@ -2,6 +2,7 @@
 also where the user's own images lie; git ignores those."""
 
 from .sources import (
+    NAMED,
     ImageSet,
     data_dir,
     decode,
@@ -15,6 +16,7 @@ from .sources import (
 from .synthetic import draw_faces
 
 __all__ = [
+    "NAMED",
     "ImageSet",
     "data_dir",
     "decode",
