@@ -31,7 +31,7 @@ LARGE = ("gpu", "gpu-longer", "paper")  # profiles whose networks want a GPU
 if "retrain" in config:
     os.environ["RETRAIN"] = given("retrain", 0)
 book_folder(BUILD)  # refuses what commands cannot hold
-EXPERIMENT = Experiment(PROFILE, DATASET, EDITION, SEED, BUILD)
+EXPERIMENT = Experiment(PROFILE, DATASET, EDITION, int(SEED), BUILD)
 PAGES = pages(EXPERIMENT)
 TRAINING = [name for name, page in PAGES.items() if page.runs]
 # Faces out of distribution, where the data set has such a companion.

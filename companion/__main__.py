@@ -6,12 +6,11 @@ import errno
 import sys
 
 import data
+from companion.parameters import PROFILES, SYNTHETIC_IMAGES, TASKS
 from companion.paths import build_folder
-from companion.settings import EDITIONS, PROFILES
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
-SYNTHETIC_IMAGES = 1400  # enough for every profile that uses them
 
 
 def main(argv=None):
@@ -43,7 +42,7 @@ def _parser():
         command = commands.add_parser(name, help=help)
         command.add_argument("--profile", default="demo", choices=PROFILES)
         command.add_argument("--dataset", default="synthetic")
-        command.add_argument("--edition", default="v2", choices=EDITIONS)
+        command.add_argument("--edition", default="v2", choices=sorted(TASKS))
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--build", default="build")
         if name == "run":
@@ -100,8 +99,8 @@ def _list(**choice):
 
 
 def _run(run, **choice):
+    from companion.parameters import choose
     from companion.runs import ensure
-    from companion.settings import choose
 
     experiment = _experiment(**choice)
     record = ensure(experiment, choose(experiment.runs(), run, "run"))
@@ -140,8 +139,8 @@ def _explorer(**choice):
 
 def _publish(ship, **choice):
     from companion.gallery import publish_picture
+    from companion.parameters import choose
     from companion.runs import is_finished, publish_all, publish_classical
-    from companion.settings import choose
 
     experiment = _experiment(**choice)
     known = experiment.runs()

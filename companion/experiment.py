@@ -8,20 +8,9 @@ from pathlib import Path
 import torch
 
 import data
-from companion.parameters import check_parameters
+from companion.parameters import OVERRIDES, check, choose, packed
 from companion.paths import RESULTS, build_folder
-from companion.settings import (
-    EDITIONS,
-    METHODS,
-    OOD_IMAGES,
-    OVERRIDES,
-    PROFILES,
-    TASKS,
-    Method,
-    Run,
-    choose,
-    retrain,
-)
+from companion.settings import EDITIONS, METHODS, OOD_IMAGES, PROFILES, TASKS, Method, Run, retrain
 from flowlib import Glow, ResNetProx, UNetProx
 from flowlib.images import split_indices
 from flowlib.training import Training
@@ -31,36 +20,31 @@ class Experiment:
     """What is run with one choice of profile, data set, edition and seed.
 
     overrides: num_folds, flow, unet, resnet (configurations), and num_steps, lr, batch_size of the trainings
-    of solvers; None stands for the profile's. Raises ValueError for an unknown name or a value out of range,
-    and in a notebook for a parameter that it does not have."""
+    of solvers; None stands for the profile's. Raises ValueError for unknown names and values out of range."""
 
     def __init__(self, profile="demo", dataset="synthetic", edition="v2", seed=0, build="build", **overrides):
-        check_parameters()
-        data.check_name(str(dataset))
-        self.profile = choose(PROFILES, profile, "profile")
-        self.edition = choose(EDITIONS, edition, "edition")
         for name in overrides:
             choose(dict.fromkeys(OVERRIDES), name, "override")
+        check(dict(profile=profile, dataset=dataset, edition=edition, seed=seed) | overrides)
+        data.check_name(dataset)
+        self.names = dict(profile=profile, dataset=dataset, edition=edition, seed=int(seed))
+        self.profile, self.edition = PROFILES[profile], EDITIONS[edition]
         self.overrides = {name: value for name, value in overrides.items() if value is not None}
-        self.names = dict(profile=profile, dataset=str(dataset), edition=edition, seed=int(seed))
-        self.dataset, self.seed, self.build = str(dataset), int(seed), build_folder(build)
-        self.key = f"{profile}-{dataset}-s{seed}"  # of folders of runs
+        self.dataset, self.seed, self.build = dataset, int(seed), build_folder(build)
+        self.key = f"{profile}-{dataset}-s{self.seed}"  # of folders of runs
         sizes = {k: getattr(self.edition, k) for k in ("train", "val", "test", "held_out")}
         self.split_sizes = sizes | self.profile.images
         self._check_overrides()
 
     def _check_overrides(self):
         """ValueError for a value that would only fail once something was trained, or be taken for another."""
-        num_folds = self.overrides.get("num_folds", 1)
-        if not isinstance(num_folds, int) or num_folds < 1:
-            raise ValueError(f"num_folds must be a whole number of at least 1, not {num_folds!r}")
-        self._training("unet", "unet")
+        size, images = self.overrides.get("batch_size", 1), self.split_sizes["train"]
+        if size > images:
+            raise ValueError(f"batch_size {size} is more than the {images} images of a training")
         for name, network in {"flow": Glow, "unet": UNetProx, "resnet": ResNetProx}.items():
             if name not in self.overrides:
                 continue
             config = self.overrides[name]
-            if not isinstance(config, dict):
-                raise ValueError(f"{name} must be a mapping of its settings, not {config!r} (papermill: -y)")
             for key in config:
                 choose(inspect.signature(network).parameters, key, f"setting of {name}")
             try:
@@ -171,9 +155,9 @@ class Experiment:
 
     # Images
 
-    def images(self) -> data.ImageSet:
-        """The prepared images of this data set."""
-        return data.load(self.build / "data" / self.dataset)
+    def images(self, name: str | None = None) -> data.ImageSet:
+        """The packed images of this data set, or another; a known one that is missing is prepared first."""
+        return packed(self.build, name or self.dataset)
 
     def split(self, part: str, images: data.ImageSet | None = None):
         """uint8 images (N, H, W, 3) of one part: "pretrain", "train", "val" or "test"."""
@@ -181,6 +165,8 @@ class Experiment:
         return images.images[split_indices(len(images), **self.split_sizes)[part]]
 
     def ood_images(self) -> data.ImageSet | None:
-        """The prepared images out of distribution that go with this data set, if there are any."""
-        folder = self.build / "data" / OOD_IMAGES.get(self.dataset, "")
-        return data.load(folder) if (folder / "manifest.json").exists() else None
+        """The images out of distribution that go with this data set, if there are any."""
+        try:
+            return self.images(OOD_IMAGES[self.dataset])
+        except (KeyError, FileNotFoundError):  # of own images; or the user has CelebA only
+            return None

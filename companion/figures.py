@@ -7,11 +7,14 @@ import functools
 import html
 import io
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython import get_ipython
 from IPython.display import SVG, Markdown
 from matplotlib.ticker import MaxNLocator
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from companion.records import merged, of_seeds
 from companion.settings import EDITION_WORDS, METHODS, TASKS, in_few_words, in_words
@@ -36,6 +39,10 @@ from companion.tables import (
 )
 from flowlib.images import to_uint8
 from flowlib.metrics import psnr
+
+matplotlib.rcdefaults()  # a reader's matplotlibrc may ask for LaTeX, or for fonts that are not there
+if get_ipython():
+    set_matplotlib_formats("png")  # a kernel forgets to where MPLBACKEND is set, as on clusters
 
 # Okabe and Ito's colour-blind-safe palette: one colour a method, everywhere.
 COLOURS = {"resnet": "#E69F00", "unet": "#0072B2", "glow": "#009E73", "glow-noisy": "#CC79A7"}

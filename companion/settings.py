@@ -163,7 +163,7 @@ class Profile:
 
 
 _FEW = dict.fromkeys(_NOT_DENOISING, ("resnet", "unet", "glow", "glow-frozen"))
-_FEW |= {"denoising": ("resnet", "unet", "glow", "glow-noisy", "glow-frozen")}
+_FEW |= dict.fromkeys(("denoising", "denoising-0.1"), ("resnet", "unet", "glow", "glow-noisy", "glow-frozen"))
 PROFILES = {
     "smoke": Profile(
         flow=dict(num_levels=2, num_steps=1, hidden_channels=8),
@@ -337,9 +337,6 @@ def in_few_words(names: dict) -> str:
     return f"on {images} with the profile `{names['profile']}`"
 
 
-OVERRIDES = ("num_folds", "flow", "unet", "resnet", "num_steps", "lr", "batch_size")
-
-
 @dataclass(frozen=True)
 class Run:
     """All that the numbers of one training depend on, the images and the code apart. kind: "flow", "denoiser"
@@ -445,10 +442,3 @@ def retrain() -> bool:
     if value not in ("", "0", "1"):
         raise ValueError(f"RETRAIN={value!r}: give 1, to train everything anew, or 0")
     return value == "1"
-
-
-def choose(table: dict, key: str, what: str):
-    """table[key], or a ValueError that names the choices."""
-    if key not in table:
-        raise ValueError(f"unknown {what} {key!r}; choose one of: {', '.join(table)}")
-    return table[key]

@@ -2,6 +2,7 @@
 also where the user's own images lie; git ignores those."""
 
 from .sources import (
+    NAMED,
     ImageSet,
     check_name,
     data_dir,
@@ -16,6 +17,7 @@ from .sources import (
 from .synthetic import draw_faces
 
 __all__ = [
+    "NAMED",
     "ImageSet",
     "check_name",
     "data_dir",

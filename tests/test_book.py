@@ -191,3 +191,23 @@ def test_the_book_is_built_on_a_processor_with_avx512_alone():
     for path in (build / "runs").rglob("record.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
         assert record["training"]["precision"] in (["float32"], ["bfloat16"]), path
+
+
+def test_downloaded_notebooks_have_no_roles(html):
+    """Only the book knows what {eq} and {doc} stand for."""
+    sources = list((html / "_sources").rglob("*.ipynb"))
+    texts = [json.loads(path.read_text(encoding="utf-8"))["cells"] for path in sources]
+    markdown = [
+        "".join(cell["source"]) for cells in texts for cell in cells if cell["cell_type"] == "markdown"
+    ]
+    assert (
+        len(markdown) > 100
+        and [text for text in markdown if re.search(r"\{[\w:]+\}`|^\([\w-]+\)=", text)] == []
+    )
+    assert any("(10)" in text for text in markdown)
+
+
+def test_the_search_finds_what_readers_look_for(html):
+    text = (html / "searchindex.js").read_text(encoding="utf-8")
+    terms = json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))["terms"]
+    assert {"licenc", "licens", "upload", "photo", "memori"} <= set(terms)

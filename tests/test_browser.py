@@ -57,3 +57,19 @@ def test_page(browser, site, path, width, theme):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert problems == []
     context.close()
+
+
+def test_the_search_page_hides_no_letter(browser, site):
+    page = browser.new_page()
+    page.goto(site + "search.html?q=photo")
+    icon, left, padding = page.evaluate(
+        """() => {
+            const form = document.querySelector(".bd-search-container form");
+            const field = form.querySelector("input");
+            return [form.querySelector("i").getBoundingClientRect().right, field.getBoundingClientRect().left,
+                    parseFloat(getComputedStyle(field).paddingLeft)];
+        }"""
+    )
+    assert icon < left + padding
+    page.wait_for_selector("#search-results li")  # "photo" is found
+    page.close()

@@ -16,6 +16,8 @@ import threading
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import data
 from companion import __main__, book, locks, provenance
@@ -280,3 +282,16 @@ def test_the_explorer_is_written_in_any_locale(tmp_path):
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | locale, capture_output=True)
     assert int(done.stdout) > 10_000, done.stderr.decode(errors="replace")
+
+
+def test_binder_gets_torch_for_the_cpu():
+    """Of two builds of the version in requirements.txt, pip takes the one with a local label."""
+    lines = (ROOT / "binder/requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert (
+        "--extra-index-url https://download.pytorch.org/whl/cpu" in lines
+        and "-r ../requirements.txt" in lines
+    )
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    (torch,) = [Requirement(line) for line in requirements if line.startswith("torch==")]
+    plain, cpu = (str(torch.specifier).removeprefix("==") + label for label in ("", "+cpu"))
+    assert list(torch.specifier.filter([plain, cpu])) == [plain, cpu] and Version(cpu) > Version(plain)

@@ -94,7 +94,7 @@ def test_only_what_is_affected_is_made_again(project):
     assert changed() == {"flow", "flow-noisy", "inpainting-glow"}  # a changed flow
     edit(project, "flowlib/prox.py", "z / (1 + shrinkage)", "z / (1 + 1.01 * shrinkage)")
     assert changed() == set(first)  # a changed proximal mapping: a code that all trainings may depend on
-    edit(project, "companion/__main__.py", "SYNTHETIC_IMAGES = 1400", "SYNTHETIC_IMAGES = 1300")
+    edit(project, "companion/parameters.py", "SYNTHETIC_IMAGES = 1400", "SYNTHETIC_IMAGES = 1300")
     shutil.rmtree(project / "build/data/synthetic")
     assert changed() == set(first)  # other images
     moved = shutil.copytree(project, project.with_name("moved"))

@@ -558,7 +558,7 @@ def test_learning_rate_rises_then_falls():
 
 
 def test_missing_data_and_names_are_named(tmp_path):
-    empty = Experiment("smoke", build=tmp_path)
+    empty = Experiment("smoke", "mine", build=tmp_path)
     with pytest.raises(FileNotFoundError, match="python -m companion prepare"):
         runs.ensure(empty, empty.flow())
     with pytest.raises(
@@ -577,8 +577,8 @@ def test_missing_data_and_names_are_named(tmp_path):
             (dict(num_folds=n), f"num_folds must be a whole number of at least 1, not {n}")
             for n in (0, 2.5, -1)
         ),
-        (dict(lr="fast"), "lr must be of type float"),
-        (dict(num_steps=2.5), "num_steps must be of type int"),
+        (dict(lr="fast"), "lr must be a number of at least 0"),
+        (dict(num_steps=2.5), "num_steps must be a whole number"),
         (dict(batch_size=0), "batch_size must be .* at least 1"),
         (dict(flow={"num_level": 3}), "unknown setting of flow 'num_level'; choose one of: .*num_levels"),
         (dict(flow={"num_levels": 3, "num_steps": "two", "hidden_channels": 8}), "describes no network"),
@@ -589,17 +589,6 @@ def test_missing_data_and_names_are_named(tmp_path):
 def test_overrides_are_checked_before_any_work(override, message):
     with pytest.raises(ValueError, match=message):
         Experiment("smoke", **override)
-
-
-def test_parameters_that_a_notebook_does_not_have_are_refused(monkeypatch):
-    """Here its cells are what IPython has executed."""
-    own, added = 'task = "inpainting"\nseed = 0', '# Parameters\ntaks = "denoising"\nseed = 1\n'
-    for cell in (added, added.replace("taks", "task")):
-        monkeypatch.setattr(sys.modules["__main__"], "In", ["", own, cell, "1 + 1"], raising=False)
-        if "taks" in cell:
-            with pytest.raises(ValueError, match="unknown parameter 'taks'; choose one of: task, seed"):
-                Experiment("smoke")
-    Experiment("smoke")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a step is captured there alone")

@@ -200,7 +200,17 @@ def test_a_notebook_alone_says_what_it_needs(html, tmp_path):
 
 
 NOTEBOOK = {
-    "cells": [{"cell_type": "markdown", "id": "a", "metadata": {}, "source": ["# A page\n\nOf $x^2$."]}],
+    "cells": [
+        {
+            "cell_type": "markdown",
+            "id": "a",
+            "metadata": {},
+            "source": [
+                "# A page\n\nOf $x^2$.\n",
+                "In {doc}`../book/index`, {eq}`eq-one` and {doc}`its words <../book/index>`.",
+            ],
+        }
+    ],
     "metadata": {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}},
     "nbformat": 4,
     "nbformat_minor": 5,
@@ -224,7 +234,9 @@ def test_a_small_book(tmp_path, address, programs):
         "chapters": [{"file": "notebooks/ood_images-denoising"}],
     }
     (tmp_path / "_toc.yml").write_text(yaml.safe_dump(toc), encoding="utf-8")
-    (tmp_path / "book/index.md").write_text("# A book\n\nThe first words.\n", encoding="utf-8")
+    (tmp_path / "book/index.md").write_text(
+        "# A book\n\nThe first words.\n\n$$ x $$ (eq-one)\n", encoding="utf-8"
+    )
     (tmp_path / "notebooks/ood_images-denoising.ipynb").write_text(json.dumps(NOTEBOOK), encoding="utf-8")
     code = "from jupyter_book.cli.main import main; main()"
     command = [sys.executable, "-c", code, "build", ".", "-W", "-n", "--keep-going"]
@@ -240,6 +252,10 @@ def test_a_small_book(tmp_path, address, programs):
     assert (binder in page) == bool(address)
     assert (f'href="{address}"' in page) == bool(address)
     assert ("mybinder" in page) == ("fa-rocket" in page) == ("github.com/me" in page) == bool(address)
+    (cell,) = json.loads((built / "_sources/notebooks/ood_images-denoising.ipynb").read_text("utf-8"))[
+        "cells"
+    ]
+    assert cell["source"].endswith("\nIn A book, (1) and its words.")  # no roles in what a reader downloads
     set_at_build = programs and bool(shutil.which("node"))
     assert ("<mjx-container" in page) == set_at_build
     assert ("tex-svg-full.js" in page) != set_at_build
