@@ -97,8 +97,8 @@ def prepare(source, out, crop="square", size=64, name=None):
         def finish(images_path):
             shown = [_readable(member) for member in packed.values()]
             alike = [(shown[a], shown[b]) for a, b in _look_alikes(images_path)]
-            _tell(source, twins, "are left out, with the pixels of others")
-            _tell(source, alike, "look like others: remove one of each two, or training may see test images")
+            _tell(twins, f"left out of {source}, with the pixels of other images")
+            _tell(alike, f"alike in {source} (remove one of each two, or training may see test images)")
             digest = contents
             if not source.is_dir():
                 with open(source, "rb") as file:
@@ -108,10 +108,10 @@ def prepare(source, out, crop="square", size=64, name=None):
         return _pack(out, images(), len(names), size, finish)
 
 
-def _tell(source, pairs, what):
+def _tell(pairs, what):
     if pairs:
-        some = ", ".join(f"{a} (as {b})" for a, b in pairs[:3]) + (", ..." if len(pairs) > 3 else "")
-        warnings.warn(f"{len(pairs)} images of {source} {what}: {some}", stacklevel=5)
+        some = ", ".join(f"{a} (as {b})" for a, b in pairs[:3])
+        warnings.warn(f"{what}: {len(pairs)}, such as {some}", stacklevel=5)
 
 
 def _look_alikes(images_path):
