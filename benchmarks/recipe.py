@@ -61,8 +61,8 @@ def _trials() -> dict[str, Trial]:
     def denoising(num_steps, batch_size=4, lr=1e-3, optimizer="muon", **changes):
         return Trial("denoising", num_steps, batch_size, lr, optimizer=optimizer, **changes)
 
-    def inpainting(*arguments, **changes):
-        return replace(denoising(*arguments, **changes), task="inpainting")
+    def inpainting(num_steps, batch_size=4, lr=5e-4, optimizer="muon", **changes):
+        return Trial("inpainting", num_steps, batch_size, lr, optimizer=optimizer, **changes)
 
     trials = {f"screen-adam-{lr:g}": denoising(700, 4, lr, "adam") for lr in (2e-4, 4e-4, 8e-4)}
     trials |= {f"screen-muon-{lr:g}": denoising(600, 4, lr) for lr in (2.5e-4, 5e-4, 1e-3, 2e-3)}
@@ -72,6 +72,8 @@ def _trials() -> dict[str, Trial]:
         "screen-batch-8": denoising(350, 8),
         "screen-noisy-flow": denoising(600, start="flow-noisy"),
     }
+    trials |= {f"inpainting-screen-muon-{lr:g}": inpainting(600, 4, lr) for lr in (2.5e-4, 5e-4, 1e-3)}
+    trials["inpainting-screen-adam-0.0002"] = inpainting(700, 4, 2e-4, "adam")
     for name, task in {"denoising": denoising, "inpainting": inpainting}.items():
         trials |= {
             f"{name}-1-fold": task(1600),
