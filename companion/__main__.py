@@ -101,7 +101,9 @@ def _list(**choice):
 def _run(run, **choice):
     from companion.parameters import choose
     from companion.runs import ensure
+    from companion.training import join_ranks
 
+    join_ranks()
     experiment = _experiment(**choice)
     record = ensure(experiment, choose(experiment.runs(), run, "run"))
     if record["kind"] == "failed":

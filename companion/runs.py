@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from companion import records
@@ -17,6 +18,7 @@ from companion.shipping import counted_from, pack, sha256, unpack
 from companion.training import model_path, train
 from flowlib import load_checkpoint
 from flowlib.checkpoints import load_tensors, save_checkpoint
+from flowlib.ranks import rank_and_size, shared
 from flowlib.training import Diverged
 
 
@@ -25,17 +27,20 @@ def ensure(experiment: Experiment, run: Run) -> dict:
     progress bar.
 
     With RETRAIN=1 in the environment, models that are kept with the code are not used. Several processes may
-    ask for the same run: one makes it. A run that diverged has a record too, of kind "failed"."""
-    record = _whole(experiment, run)
+    ask for the same run: one makes it, or all ranks of one torchrun together. A run that diverged has a
+    record too, of kind "failed"."""
+    first = rank_and_size()[0] == 0
+    record = shared(_whole(experiment, run) if first else None)
     if record and _is_current(record):  # read without a right to write
         return record
     if run.start:
         ensure(experiment, run.start)
-    with _locked(experiment.directory(run) / "lock"):
-        record = _whole(experiment, run) or (None if retrain() else _restored(experiment, run))
-        if record is None:
-            return _make(experiment, run)
-        return record if _is_current(record) else _evaluate(experiment, run)
+    with _locked(experiment.directory(run) / "lock") if first else nullcontext():
+        if first:
+            record = _whole(experiment, run) or (None if retrain() else _restored(experiment, run))
+            if record and not _is_current(record):
+                record = _evaluate(experiment, run)
+        return shared(record) or _make(experiment, run)
 
 
 def load(experiment: Experiment, run: Run):
@@ -115,18 +120,24 @@ def _restored(experiment, run):
 
 
 def _make(experiment, run):
-    started = provenance()
+    """Trains, on all ranks; what is written comes from the first."""
+    started, record, first = provenance(), None, rank_and_size()[0] == 0
     directory = experiment.directory(run)
     try:
         model, summary = train(experiment, run)
     except Diverged as error:
         # A run that diverged is a result too.
-        model_path(experiment, run).unlink(missing_ok=True)
-        return records.write_failed(experiment, run, directory, str(error), error.summary, started)
-    (directory / "record.json").unlink(missing_ok=True)  # never an old one beside another model
-    info = {"summary": summary, "provenance": started, "settings": run.as_dict()}
-    save_checkpoint(model_path(experiment, run), model, **info)
-    return _evaluate(experiment, run)
+        if first:
+            model_path(experiment, run).unlink(missing_ok=True)
+            rest = str(error), error.summary, started
+            record = records.write_failed(experiment, run, directory, *rest)
+    else:
+        if first:
+            (directory / "record.json").unlink(missing_ok=True)  # never an old one beside another model
+            info = {"summary": summary, "provenance": started, "settings": run.as_dict()}
+            save_checkpoint(model_path(experiment, run), model, **info)
+            record = _evaluate(experiment, run)
+    return shared(record)
 
 
 def _evaluate(experiment, run):
@@ -134,9 +145,7 @@ def _evaluate(experiment, run):
     info = load_tensors(model_path(experiment, run))[1]["info"]
     record = records.evaluate(experiment, run, load(experiment, run), info["summary"], info["provenance"])
     records.write(directory / "record.json", record)
-    (directory / "resume.safetensors").unlink(
-        missing_ok=True
-    )  # not before: whoever is killed need not train again
+    (directory / "resume.safetensors").unlink(missing_ok=True)  # not before: a kill must lose no training
     return record
 
 

@@ -2,6 +2,7 @@
 error."""
 
 import copy
+import os
 
 import torch
 
@@ -18,6 +19,14 @@ PROXES = {"unet": UNetProx, "resnet": ResNetProx}
 
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def join_ranks():
+    """Where torchrun started this process: joins the others, each with a GPU of its own if there are any."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
 def batches(images, size=50):

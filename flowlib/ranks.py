@@ -1,5 +1,7 @@
 """What the processes of a training on several devices share: torchrun starts them, each is a rank."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,3 +32,12 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     flags = torch.tensor(float(flag), device=device)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
+
+
+def shared(value: Any) -> Any:
+    """Rank 0's value, any picklable object, on all ranks."""
+    if rank_and_size()[1] == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]

@@ -384,7 +384,8 @@ class _Run:
         summary = {names.get(key, key): value for key, value in state.items()}
         summary["best_val_loss"] = state["best_loss"] if math.isfinite(state["best_loss"]) else None
         images = state["step"] * self.settings.batch_size
-        return {"training": asdict(self.settings), "images_seen": images} | summary
+        about = {"training": asdict(self.settings), "images_seen": images, "num_ranks": self.num_ranks}
+        return about | summary
 
     def save(self):
         self._tick()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 from flowlib.checkpoints import load_tensors, save_tensors
 from flowlib.training import Training, fit
 from tests.conftest import ROOT
@@ -120,3 +121,27 @@ def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path, monkeypatch):
     settings, groups = Training(num_steps=1, batch_size=4, lr=0.1), [{"params": net.parameters()}]
     with pytest.raises(ValueError, match="a batch of 4 images is not shared evenly by 3 ranks"):
         fit(net, groups, None, None, None, settings, 8, 0, tmp_path)
+
+
+def test_the_command_line_trains_on_several_ranks(tmp_path):
+    """As the README has it: one record, with the weights of one process."""
+    for ranks in (1, 2):
+        build = tmp_path / str(ranks)
+        data.prepare_synthetic(build / "data" / "synthetic", num_images=40)
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"] * (ranks > 1)
+        command = [sys.executable, "-m", *torchrun, "companion", "run", "--run", "inpainting-glow"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*command, "--profile", "smoke", "--build", str(build)],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+    models = [
+        load_tensors(next((tmp_path / ranks).glob("runs/*/v2/inpainting-glow-*/model.safetensors")))[0]
+        for ranks in ("1", "2")
+    ]
+    for key, value in models[0].items():
+        torch.testing.assert_close(models[1][key], value, rtol=1e-3, atol=1e-4)
+    assert len(list((tmp_path / "2").rglob("record.json"))) == 2  # the flow's and the solver's
