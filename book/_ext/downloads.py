@@ -12,9 +12,11 @@ LABEL = re.compile(r"^\([\w-]+\)=\n", re.MULTILINE)
 
 
 def words(app, page):
-    """What the page shows in place of its references, by role and target."""
+    """What the page shows in place of its references, by role and target, where it has no words of its own."""
     found = {}
     for node in app.env.get_doctree(page).findall(pending_xref):
+        if node.get("refexplicit") and node["reftype"] != "numref":
+            continue
         where = app.env, page, app.builder, node["reftype"], node["reftarget"], node, node[0]
         shown = app.env.domains[node["refdomain"]].resolve_xref(*where)
         if shown is not None:
