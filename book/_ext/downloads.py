@@ -12,7 +12,7 @@ LABEL = re.compile(r"^\([\w-]+\)=\n", re.MULTILINE)
 
 
 def words(app, page):
-    """What the page shows in place of its references, by role and target, where it has no words of its own."""
+    """What the page shows in place of references, by role and target, where it has no words of its own."""
     found = {}
     for node in app.env.get_doctree(page).findall(pending_xref):
         if node.get("refexplicit") and node["reftype"] != "numref":
