@@ -129,7 +129,8 @@ def test_the_command_line_trains_on_several_ranks(tmp_path):
         build = tmp_path / str(ranks)
         data.prepare_synthetic(build / "data" / "synthetic", num_images=40)
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"] * (ranks > 1)
-        command = [sys.executable, "-m", *torchrun, "companion", "run", "--run", "inpainting-glow"]
+        dashes = ["--"] * (ranks > 1)  # or torchrun takes --run for an option of its own
+        command = [sys.executable, "-m", *torchrun, "companion", *dashes, "run", "--run", "inpainting-glow"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [*command, "--profile", "smoke", "--build", str(build)],
