@@ -313,7 +313,8 @@ def write_front(tables):
                 f":figclass: {name}",
                 "",
                 "Two faces that no training has seen, measured and restored by the recorded flow solvers. "
-                f"{listed(list(BOXES))}, both in the public domain. Below each picture: its PSNR.",
+                f"{listed(list(BOXES))}, both in the public domain. Below each picture: its PSNR. "
+                "{doc}`The explorer <../notebooks/explorer>` has others for these faces: it rounds weights.",
                 "```",
                 "",
             ]

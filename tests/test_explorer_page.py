@@ -196,10 +196,10 @@ def test_a_mask_is_painted(live):
     painted = Inpainting.from_mask(mask)
     state = check(live, "inpainting", last_fold_told(painted))
     assert image(state["y"])[0, :, 6, 12].abs().max() == 0
-    live.get_by_role("button", name="Hole told to: last fold").click()
+    live.get_by_role("radiogroup", name="Hole told to").get_by_label("all folds").check(force=True)
     assert check(live, "inpainting", painted)["folds"] != state["folds"]
     live.get_by_role("button", name="Clear mask").click()
-    live.get_by_role("button", name="Hole told to: all folds").click()
+    live.get_by_role("radiogroup", name="Hole told to").get_by_label("last fold").check(force=True)
     check(live, "inpainting", Inpainting(19), Inpainting(19).A(face()))
     assert live.request.get(live.get_by_role("link", name="holes of other shapes").evaluate("a => a.href")).ok
 
@@ -245,7 +245,7 @@ def grid_answer(index, row, column, task="inpainting"):
 
 def test_without_webassembly_the_grid_answers(open_page):
     page = open_page(script="delete window.WebAssembly")
-    page.wait_for_function("document.querySelector('.status')?.textContent.includes('Precomputed grid')")
+    page.wait_for_function("document.querySelector('.status')?.textContent.includes('Precomputed pictures')")
     assert "no WebAssembly" in page.locator(".status").inner_text()
     assert not page.locator(".controls").is_visible()
     slider = page.get_by_label("step size μ")

@@ -61,10 +61,10 @@ function psnr(a, b) {
 // ---- The solver's file, as weights.py packs it ----
 
 async function unpacked(address) {
-  const answer = await fetch(address);
-  if (!answer.ok) throw new Error(`its file could not be fetched (${answer.status})`);
+  const answer = await fetch(address).catch(() => ({ status: "no answer" }));
+  if (!answer.ok) throw new Error(`reload this page: its file could not be fetched (${answer.status})`);
   const stream = answer.body.pipeThrough(new DecompressionStream("gzip"));
-  const buffer = await new Response(stream).arrayBuffer().catch(() => { throw new Error("its file is cut off or broken"); });
+  const buffer = await new Response(stream).arrayBuffer().catch(() => { throw new Error("reload this page: its file is cut off or broken"); });
   const bytes = new Uint8Array(buffer), start = 4 + new DataView(buffer).getUint32(0, true);
   const { length, rest, tensors } = JSON.parse(new TextDecoder().decode(bytes.subarray(4, start)));
   const whole = new Uint8Array(length), codes = bytes.subarray(start + rest), plane = codes.length / 3;
@@ -121,58 +121,74 @@ function pixels(drawable, left, top, side) {
   return Float32Array.from({ length: 3 * PIXELS }, (_, i) => data[4 * (i % PIXELS) + Math.floor(i / PIXELS)] / 255 - 0.5);
 }
 
+// Whether this browser gives back what was drawn: with some settings for privacy, it gives noise.
+function readsBack() {
+  const known = Float32Array.from({ length: 3 * PIXELS }, (_, i) => (37 * i % 256) / 255 - 0.5), canvas = newCanvas("");
+  draw(canvas, known);
+  try {
+    return psnr(pixels(canvas, 0, 0, SIZE), known) > 45;
+  } catch {
+    return false;
+  }
+}
+
 async function loadImage(url) {
   const image = element("img", { src: url });
   await image.decode();
   return image;
 }
 
-const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
+// A photo, with at most LARGEST pixels on its shorter side so that dragging stays smooth.
+async function decoded(file) {
+  const whole = await createImageBitmap(file), shrink = LARGEST / Math.min(whole.width, whole.height);
+  if (shrink >= 1) return whole;
+  const [resizeWidth, resizeHeight] = [whole.width, whole.height].map((v) => Math.round(v * shrink));
+  return createImageBitmap(whole, { resizeWidth, resizeHeight, resizeQuality: "high" }).finally(() => whole.close());
+}
+
+const number = (value, digits) => value.toFixed(digits).replace("-", "−");
+const signed = (value, digits) => (value < 0 ? "" : "+") + number(value, digits);
 // A perfect answer has no error: its PSNR is infinite.
-const decibels = (value) => (Number.isFinite(value) ? `${value.toFixed(2)} dB` : value === Infinity ? "exact" : "not finite");
+const decibels = (value) => (Number.isFinite(value) ? `${number(value, 2)} dB` : value === Infinity ? "exact" : "not finite");
 
 // A line plot of PSNR over one slider: hollow mark at the trained value, full one where the sliders are. What is undefined is
-// not yet known; what is not finite lies on the edge.
+// not yet known. Triangles on the edge stand for what lies beyond it: values far below the best, and those that are not finite.
 function curve(svg, positions, values, trained, now, label) {
   const good = [...values, now.y].filter(Number.isFinite), high = Math.max(...(good.length ? good : [0])) + 0.5;
   const low = Math.min(Math.max(Math.min(...good, high) - 0.5, high - 16), high - 3);
   const x = (p) => 34 + 150 * (p - positions[0]) / (positions.at(-1) - positions[0]);
   const y = (v) => 8 + 70 * (high - Math.min(high, Math.max(low, Number.isNaN(v) ? low : v))) / (high - low);
-  const ticks = [high - 0.5, Math.max(low, (high + low) / 2)].map((v) =>
-    `<text x="30" y="${y(v) + 3}" text-anchor="end">${v.toFixed(0)}</text><path d="M34 ${y(v)}H184" class="grid"/>`);
+  const known = [...positions.map((p, i) => [p, values[i]]), [now.x, now.y]].filter(([, v]) => v !== undefined);
+  const beyond = known.filter(([, v]) => !(v >= low && v <= high)), isBelow = (v) => !(v > high);
+  const triangles = beyond.map(([p, v]) => `<path class="beyond" d="M${x(p) - 4} ${y(v) + (isBelow(v) ? 3 : -3)}h8l-4 ${isBelow(v) ? 7 : -7}z"/>`);
+  const ticks = [[high - 0.5, ""], [(high + low) / 2, ""], ...(beyond.some(([, v]) => isBelow(v)) ? [[low, "≤ "]] : [])].map(([v, sign]) =>
+    `<text x="30" y="${y(v) + 3}" text-anchor="end">${sign}${number(v, 0)}</text><path d="M34 ${y(v)}H184" class="grid"/>`);
   const at = positions.reduce((best, p, i) => (Math.abs(p - trained) < Math.abs(positions[best] - trained) ? i : best), 0);
   const points = positions.flatMap((p, i) => (values[i] === undefined ? [] : `${x(p)},${y(values[i])}`));
   const mark = values[at] === undefined ? "" : `<rect class="trained" x="${x(trained) - 6}" y="${y(values[at]) - 6}" width="12" height="12"/>`;
-  svg.innerHTML = `${ticks.join("")}<polyline points="${points.join(" ")}"/>${mark}
+  svg.innerHTML = `${ticks.join("")}<polyline points="${points.join(" ")}"/>${mark}${triangles.join("")}
     <circle cx="${x(now.x)}" cy="${y(now.y)}" r="4.5"/>
-    ${[positions[0], trained, positions.at(-1)].map((p) => `<text x="${x(p)}" y="90" text-anchor="middle">${String(p).replace("-", "−")}</text>`).join("")}
-    <text x="109" y="101" text-anchor="middle">${label}</text>`;
+    ${[positions[0], trained, positions.at(-1)].map((p) => `<text x="${x(p)}" y="94" text-anchor="middle">${String(p).replace("-", "−")}</text>`).join("")}
+    <text x="109" y="105" text-anchor="middle">${label}</text>`;
 }
 
 // ---- The explorer ----
 
 class Explorer {
-  constructor(config, root) {
-    Object.assign(this, { config, root, sessions: {}, live: false, busy: false, generation: 0, strokes: [], lastOnly: true });
-    this.ready = this.start().catch((error) => this.say(`The explorer could not be loaded: ${error.message ?? error}.`));
-  }
-
-  async start() {
-    if (this.config.ort) this.load(this.config.tasks[0]).catch(() => {}); // takes longest, so it goes first
-    this.root.classList.toggle("may-live", !this.barrier());
+  constructor(config, root, place) {
+    const bytes = Uint8Array.from(atob(config.originals), (c) => c.charCodeAt(0));
+    this.originals = config.labels.map((_, k) => Float32Array.from(bytes.subarray(3 * PIXELS * k, 3 * PIXELS * (k + 1)), (v) => v / 255 - 0.5));
+    Object.assign(this, { config, root, place, sessions: {}, live: false, busy: false, generation: 0, turn: 0, strokes: [], lastOnly: true });
     this.build();
-    this.setTask(this.config.tasks[0]); // takes its room before anything is loaded
-    const strip = await loadImage(this.config.originals);
-    this.originals = this.config.labels.map((_, i) => pixels(strip, i * SIZE, 0, SIZE));
     this.thumbnails.forEach((canvas, i) => draw(canvas, this.originals[i]));
     this.chooseImage(0);
-    await this.chooseTask(this.config.tasks[0].task);
+    this.chooseTask(config.tasks[0].task);
   }
 
   build() {
     const { config, root } = this;
-    const radios = (name, items, choose) => items.map(([value, content], i) => {
-      const input = element("input", { type: "radio", name: `${name}-${root.id}`, value, checked: !i });
+    const radios = (name, items, choose, chosen = items[0][0]) => items.map(([value, content = value]) => {
+      const input = element("input", { type: "radio", name: `${name}-${root.id}`, value, checked: value === chosen, autocomplete: "off" });
       input.addEventListener("change", () => choose(value));
       return element("label", {}, input, content);
     });
@@ -188,23 +204,21 @@ class Explorer {
       show(text(range.value));
       return { input, show, row: element("label", { class: "slider" }, element("span", { textContent: label }), input, output) };
     };
-    this.slider = slider;
+    Object.assign(this, { radios, button, slider });
 
-    this.taskChoice = element("div", { class: "tasks", role: "radiogroup", "aria-label": "Task" },
+    this.taskChoice = element("div", { class: "pills tasks", role: "radiogroup", "aria-label": "Task" },
       ...radios("task", config.tasks.map((t) => [t.task, element("span", {}, t.label,
         element("small", { class: "live", textContent: ` ${t.megabytes} MB` }))]), (t) => this.chooseTask(t)));
     this.about = element("p", { class: "about" });
     this.thumbnails = config.labels.map((label) => newCanvas(label));
     this.imageChoice = element("div", { class: "images", role: "radiogroup", "aria-label": "Image" },
-      ...radios("image", this.thumbnails.map((canvas, i) => [i, canvas]), (i) => this.chooseImage(Number(i), true)));
+      ...radios("image", this.thumbnails.map((canvas, i) => [i, canvas]), (i) => this.chooseImage(i)));
     const file = element("input", { type: "file", accept: "image/*" });
     file.addEventListener("change", () => { this.takePhoto(file.files[0]); file.value = ""; });
     this.own = element("label", { class: "own live" }, "Your photo…", file);
     this.problem = element("p", { class: "problem", role: "alert" });
-    const dragging = (over) => (event) => { event.preventDefault(); root.classList.toggle("is-dragging", over); };
-    ["dragover", "dragleave", "drop"].forEach((name) => root.addEventListener(name, dragging(name === "dragover")));
-    root.addEventListener("drop", (event) => this.takePhoto(event.dataTransfer.files[0]));
-    this.buildCrop(button);
+    this.buildCrop();
+    this.bindPlace();
 
     this.canvases = { measurement: newCanvas("Measurement"), estimate: newCanvas("Reconstruction"), original: newCanvas("Original") };
     this.captions = { measurement: element("span"), estimate: element("strong"), original: element("span") };
@@ -221,18 +235,36 @@ class Explorer {
       if (!this.live) this.strokes = []; // there is no button to clear them
       this.restore();
     });
-    const svg = () => { const node = document.createElementNS("http://www.w3.org/2000/svg", "svg"); node.setAttribute("viewBox", "0 0 190 106"); return node; };
+    const svg = () => { const node = document.createElementNS("http://www.w3.org/2000/svg", "svg"); node.setAttribute("viewBox", "0 0 190 110"); return node; };
     this.curves = { mu: svg(), lambda: svg() };
     this.plots = element("div", { class: "curves" }, this.curves.mu, this.curves.lambda);
     this.controls = element("div", { class: "controls live" });
     this.foldStrip = element("div", { class: "folds live" });
     this.each = element("details", { class: "each live" }, element("summary", { textContent: "Each fold on its own" }));
     this.status = element("p", { class: "status", role: "status" });
-    this.button = button;
-    root.replaceChildren(this.taskChoice, this.about, element("div", { class: "choices" }, this.imageChoice, this.own, this.cropAgain, this.problem),
-      this.cropper, element("div", { class: "panels" }, ...panels),
+    root.replaceChildren(this.taskChoice, element("div", { class: "choices" }, this.imageChoice, this.own, this.cropAgain, this.problem),
+      this.status, this.cropper, element("div", { class: "panels" }, ...panels),
       this.controls, element("div", { class: "sliders" }, this.common.mu.row, this.common.lambda.row, this.reset),
-      this.plots, this.foldStrip, this.each, this.status);
+      this.plots, this.foldStrip, this.each, this.about);
+  }
+
+  // Files are dropped or pasted anywhere in the place, and Escape closes the dialog whatever the page's scripts make of that key.
+  bindPlace() {
+    const { root, place } = this, listen = (name, act) => place.addEventListener(name, act, true);
+    const isMine = ({ target }) => (target.closest?.(".flow-explorer") ?? document.querySelector(".flow-explorer")) === root;
+    const dragging = (event) => {
+      if (!event.dataTransfer?.types.includes("Files") || !isMine(event)) return;
+      event.preventDefault();
+      root.classList.toggle("is-dragging", event.type === "dragover");
+      if (event.type === "drop") this.takePhoto(event.dataTransfer.files[0]);
+    };
+    ["dragover", "dragleave", "drop"].forEach((name) => listen(name, dragging));
+    listen("paste", (event) => { if (isMine(event)) this.takePhoto(event.clipboardData?.files[0]); });
+    listen("keydown", (event) => {
+      if (event.key !== "Escape" || !this.cropper.open) return;
+      event.stopPropagation();
+      this.cropper.close();
+    });
   }
 
   // -- What the reader does
@@ -240,19 +272,20 @@ class Explorer {
   async chooseTask(name) {
     const task = this.config.tasks.find((one) => one.task === name);
     this.setTask(task);
+    if (!this.reason) this.goLive(task); // takes longest, so it goes first
     task.image ??= await loadImage(task.sprite).catch(() => null); // tried again when the task is chosen again
     if (task !== this.task) return;
     this.sprite = task.image;
+    if (this.live) return;
+    this.explain();
     this.update();
-    if (this.config.ort) await this.goLive(task);
-    else this.say(this.note(this.config.reason));
   }
 
   setTask(task) {
-    Object.assign(this, { task, sprite: null });
+    Object.assign(this, { task, sprite: undefined, result: null });
     this.about.textContent = task.about;
-    this.setLive(false, this.config.ort ? `Loading the solver, ${task.megabytes} MB…` : "Loading the grid…");
     this.buildFolds();
+    this.setLive(false, this.barrier());
     this.restore();
   }
 
@@ -272,44 +305,48 @@ class Explorer {
     this.mask = this.task.hole ? squareMask(this.hole).map((v, i) => this.strokes[i] ?? v) : null;
   }
 
-  chooseImage(index, update) {
-    this.image = index;
+  chooseImage(index) {
+    this.turn++;
     this.problem.textContent = "";
-    this.x = this.originals[index];
-    Object.assign(this, { seed: index, photo: false });
-    this.cropAgain.hidden = true;
-    if (update) this.update();
+    this.setSquare(null);
+    Object.assign(this, { image: index, seed: index, x: this.originals[index] });
+    this.update();
   }
 
+  // The later of two choices counts, however long the earlier one takes.
   async takePhoto(file) {
     if (!file) return;
+    const turn = ++this.turn;
     const refuse = (message) => {
       this.problem.textContent = message;
       this.problem.scrollIntoView({ block: "nearest" }); // a photo may be dropped far below
     };
     this.problem.textContent = "";
-    if (!this.live) return refuse("Your own photo needs the live solver, which is not running here.");
-    let bitmap;
-    try {
-      bitmap = await createImageBitmap(file);
-    } catch {
-      return refuse(`“${file.name}” is no image that this browser can read. Choose a PNG, JPEG or WebP file.`);
-    }
-    const shrink = Math.min(1, LARGEST / Math.min(bitmap.width, bitmap.height)); // so that dragging stays smooth
-    const [width, height] = [bitmap.width, bitmap.height].map((v) => Math.max(1, Math.round(v * shrink)));
-    if (shrink < 1) bitmap = await createImageBitmap(bitmap, { resizeWidth: width, resizeHeight: height, resizeQuality: "high" });
-    const side = Math.min(width, height);
-    this.photo = true;
-    this.square = { bitmap, side, left: (width - side) / 2, top: (height - side) / 2 };
+    if (this.reason) return refuse(`For your own photo, ${this.reason}.`);
+    if (!readsBack()) return refuse("This browser hands out noise instead of a photo’s pixels, for privacy: let this page read canvases, then choose the photo again.");
+    const bitmap = await decoded(file).catch(() => null);
+    if (turn !== this.turn) return bitmap?.close();
+    if (!bitmap) return refuse(`“${file.name}” is no image that this browser can read. Choose a PNG, JPEG or WebP file.`);
+    const { width, height } = bitmap, side = Math.min(width, height);
+    this.setSquare({ bitmap, side, left: (width - side) / 2, top: (height - side) / 2 });
     this.imageChoice.querySelectorAll("input").forEach((input) => { input.checked = false; });
-    this.cropAgain.hidden = false;
     this.crop();
+    this.explain();
     if (!this.cropper.open) this.cropper.showModal();
+  }
+
+  // A square of a photo, or null for a face of ours. Bitmaps are large, and would stay for long.
+  setSquare(square) {
+    this.square?.bitmap.close();
+    Object.assign(this, { square, photo: Boolean(square) });
+    this.cropAgain.hidden = !square;
+    if (!square) this.cropper.close();
   }
 
   // -- Which square of a photo
 
-  buildCrop(button) {
+  buildCrop() {
+    const { button } = this;
     this.view = element("canvas", { width: 320, height: 320, tabIndex: 0, role: "img",
       "aria-label": "The square of your photo. Arrow keys move it, plus and minus zoom." });
     this.zoom = this.slider("zoom", { min: 1, max: 8, step: 0.01, value: 1 }, (v) => this.crop(0, 0, v), (v) => `× ${v.toFixed(2)}`);
@@ -391,20 +428,24 @@ class Explorer {
   // -- Controls that hang on the task, for the live solver
 
   buildControls() {
-    const { task, slider, button } = this, change = (act) => (value) => { act(value); this.changed = true; this.update(); };
-    const told = () => `Hole told to: ${this.lastOnly ? "last fold" : "all folds"}`;
+    const { task, slider, button, radios } = this, change = (act) => (value) => { act(value); this.changed = true; this.update(); };
+    const pills = (label, ...rest) => element("fieldset", { class: "pills", role: "radiogroup" },
+      element("legend", { textContent: label }), ...radios(label, ...rest));
+    const widest = Math.max(task.sigma_b, 5 * (task.kernel_size >> 1)); // where the kernel's edge is within 2 % of its middle
     const rows = {
       denoising: () => [
         slider("noise σ", { min: 0, max: 0.4, step: 0.01, value: this.sigma }, change((v) => { this.sigma = v; }), (v) => v.toFixed(2)).row,
         button("New noise", change(() => { this.seed += this.config.labels.length; }))],
       inpainting: () => [
         slider("hole", { min: 0, max: 40, step: 1, value: this.hole }, change((v) => { this.hole = v; this.makeMask(); }), (v) => `${v} × ${v}`).row,
-        this.brush = button("Brush: hide", () => { this.restoring = !this.restoring; this.brush.textContent = this.restoring ? "Brush: restore" : "Brush: hide"; }),
+        pills("Brush", [["hide"], ["restore"]], (v) => { this.restoring = v === "restore"; }),
         button("Clear mask", change(() => { this.strokes = []; this.makeMask(); })),
-        this.told = button(told(), change(() => { this.lastOnly = !this.lastOnly; this.told.textContent = told(); })),
+        pills("Hole told to", [["last fold"], ["all folds"]], change((v) => { this.lastOnly = v === "last fold"; }), this.lastOnly ? "last fold" : "all folds"),
         element("span", { class: "hint" }, `Paint on the measurement. Trained on one square of ${task.hole} × ${task.hole}, the solver fills `,
           "little of what is hidden outside it: ", element("a", { href: USE, textContent: "holes of other shapes" }), ".")],
-      deblurring: () => [slider("blur σ_b", { min: 0.3, max: 10, step: 0.1, value: this.sigmaB }, change((v) => { this.sigmaB = v; }), (v) => v.toFixed(1)).row],
+      deblurring: () => [
+        slider("blur σ_b", { min: 0.3, max: widest, step: 0.1, value: this.sigmaB }, change((v) => { this.sigmaB = v; }), (v) => v.toFixed(1)).row,
+        element("span", { class: "hint", textContent: `The kernel has ${task.kernel_size} × ${task.kernel_size} pixels: a σ_b above ${widest} would change next to nothing.` })],
     };
     this.restoring = false;
     this.controls.replaceChildren(...rows[task.task]());
@@ -458,16 +499,16 @@ class Explorer {
     this.showSliders();
     this.root.classList.toggle("is-waiting", this.live);
     if (this.live) this.solve();
-    else if (this.sprite && !this.photo && !this.changed) this.showGrid();
+    else if (this.sprite !== null && !this.photo && !this.changed) this.showGrid();
     else this.clear();
   }
 
   showSliders() {
-    const { mu, lambda } = this.common, minus = (text) => text.replace("-", "−"), { task } = this;
+    const { mu, lambda } = this.common, { task } = this;
     const folds = (values, common) => { // those that were moved on their own, or all as one number
       const moved = values.flatMap((v, k) => (Math.abs(v - common[k]) > 1e-9 ? [k] : []));
-      if (!moved.length) return ` (mean ${minus((values.reduce((a, b) => a + b) / values.length).toFixed(3))})`;
-      return moved.length > 1 ? `, folds ${moved.map((k) => k + 1).join(" ")} moved` : `, fold ${moved[0] + 1} at ${minus(values[moved[0]].toFixed(3))}`;
+      if (!moved.length) return ` (mean ${number(values.reduce((a, b) => a + b) / values.length, 3)})`;
+      return moved.length > 1 ? `, folds ${moved.map((k) => k + 1).join(" ")} moved` : `, fold ${moved[0] + 1} at ${number(values[moved[0]], 3)}`;
     };
     const free = this.live ? [0.01, 0.005] : [this.config.scales[1] - this.config.scales[0], this.config.shifts[1] - this.config.shifts[0]];
     [[mu, this.scale, free[0]], [lambda, this.shift, free[1]]].forEach(([s, value, step]) => { s.input.step = step; s.input.value = value; });
@@ -475,7 +516,7 @@ class Explorer {
     lambda.show(`${signed(this.shift, 3)}${folds(this.lambda, task.lambda.map((v) => v + this.shift))}`);
     this.foldSliders.forEach((pair, k) => ["mu", "lambda"].forEach((kind) => {
       pair[kind].input.value = this[kind][k];
-      pair[kind].show(minus(this[kind][k].toFixed(3)));
+      pair[kind].show(number(this[kind][k], 3));
     }));
   }
 
@@ -487,7 +528,8 @@ class Explorer {
   showGrid() {
     const [row, column] = this.position(), { shifts } = this.config;
     const context = this.canvases.estimate.getContext("2d");
-    context.drawImage(this.sprite, column * SIZE, (this.image * shifts.length + row) * SIZE, SIZE, SIZE, 0, 0, SIZE, SIZE);
+    context.clearRect(0, 0, SIZE, SIZE);
+    if (this.sprite) context.drawImage(this.sprite, column * SIZE, (this.image * shifts.length + row) * SIZE, SIZE, SIZE, 0, 0, SIZE, SIZE);
     this.showQuality(this.task.psnr[this.image][row][column] ?? NaN);
   }
 
@@ -521,7 +563,7 @@ class Explorer {
     try {
       while (this.live && (this.result?.generation !== this.generation ? await this.answer() : await this.findPoint()));
     } catch (error) {
-      this.setLive(false, this.note(error.message ?? error));
+      this.setLive(false, `reload this page: it stopped (${error.message ?? error})`);
       this.update();
     }
     this.busy = false;
@@ -566,71 +608,78 @@ class Explorer {
     this.showQuality(psnr(images.at(-1), this.x));
     this.result = { folds, norms, generation, milliseconds };
     this.root.classList.toggle("is-waiting", generation !== this.generation);
-    this.say(`Live: the solver runs in your browser, ${milliseconds.toFixed(0)} ms for this image. Nothing you load leaves it.`);
+    this.explain();
   }
 
   // -- From the grid to the live solver
 
-  // Why this page cannot run a solver, where that is known beforehand.
+  // What to do where this page cannot run a solver, and why, if that is known beforehand.
   barrier() {
     if (!this.config.ort) return this.config.reason;
-    if (typeof WebAssembly === "undefined") return "this browser has no WebAssembly";
-    if (typeof DecompressionStream === "undefined") return "this browser is too old";
-    return location.protocol === "file:" ? "a page opened as a file may not load it; serve the folder over http" : null;
+    if (location.protocol === "file:") return "serve the book (python -m http.server --directory build/html): a page opened as a file may not load it";
+    if (typeof WebAssembly === "undefined") return "open this page in another browser: this one has no WebAssembly";
+    return typeof DecompressionStream === "undefined" ? "open this page in a newer browser: this one is too old" : null;
   }
 
   // The session of a task's solver, fetched once.
   load(task) {
     const address = (path) => new URL(path, document.baseURI).href, { ort } = this.config;
     return this.sessions[task.task] ??= (async () => {
-      if (this.barrier()) throw new Error(this.barrier());
       const file = unpacked(address(task.solver));
       file.catch(() => {}); // is told below
-      this.ort = await import(address(ort));
+      this.ort = await import(address(ort)).catch(() => { throw new Error("reload this page: what runs it could not be loaded"); });
       Object.assign(this.ort.env.wasm, { numThreads: 1, proxy: true, wasmPaths: address(ort).replace(/[^/]*$/, "") });
       // Its loops are small and as they should be: optimising them takes longer than it saves.
       const options = { executionProviders: ["wasm"], graphOptimizationLevel: "disabled" };
-      return this.ort.InferenceSession.create(await file, options);
+      return this.ort.InferenceSession.create(await file, options).catch((error) => {
+        throw new Error(`reload this page or open it in another browser: it could not be started (${error.message ?? error})`);
+      });
     })();
   }
 
   async goLive(task) {
+    let reason = null;
     try {
       await this.load(task);
     } catch (error) {
       delete this.sessions[task.task]; // tried again when the task is chosen again
-      if (task !== this.task) return;
-      this.root.classList.remove("may-live");
-      return this.say(this.note(error.message ?? error));
+      reason = error.message ?? String(error);
     }
     if (task !== this.task) return;
-    this.setLive(true, "Live.");
+    this.setLive(!reason, reason);
     this.update();
   }
 
-  note(reason) {
-    if (!this.sprite && this.task) return `Nothing to show: the precomputed grid (${this.task.task}) could not be loaded. The live solver is not available: ${reason}.`;
-    return `Precomputed grid: the sliders have ${this.config.scales.length} × ${this.config.shifts.length} positions. The live solver is not available: ${reason}.`;
+  // reason: what to do where the solver cannot run; null while it loads and when it is there.
+  setLive(live, reason) {
+    const { root } = this;
+    Object.assign(this, { live, reason });
+    root.classList.toggle("is-live", live);
+    root.classList.toggle("may-live", !reason);
+    root.classList.toggle("is-paintable", live && Boolean(this.mask));
+    [this.controls, this.foldStrip, this.each].forEach((part) => { part.inert = !live; });
+    this.explain();
   }
 
-  setLive(live, message) {
-    this.live = live;
-    this.root.classList.toggle("is-live", live);
-    if (live) this.root.classList.add("may-live");
-    this.root.classList.toggle("is-paintable", live && Boolean(this.mask));
-    this.say(message);
-  }
-
-  say(message) {
-    this.status.textContent = message;
+  // The line of state.
+  explain() {
+    const { task, config, live, reason, sprite, photo, result } = this, missing = sprite === null;
+    const grid = sprite === undefined ? "Loading precomputed pictures…"
+      : missing ? `Nothing to show: the precomputed pictures (${task.task}) could not be loaded.`
+      : `Precomputed pictures, for ${config.scales.length} × ${config.shifts.length} positions of the sliders.`;
+    const meanwhile = photo ? "Your photo is next." : missing ? "" : "Until then the sliders choose among precomputed pictures.";
+    if (reason) this.status.textContent = `${grid} For the solver itself and your own photo, ${reason}.`;
+    else if (!live) this.status.textContent = `Loading the solver, ${task.megabytes} MB… ${meanwhile}`;
+    else if (!result) this.status.textContent = "The solver is loaded and works on its first answer…";
+    else this.status.textContent = `Live: the solver runs in your browser, ${result.milliseconds.toFixed(0)} ms for this image. Nothing you load leaves it.`;
   }
 }
 
-// Several may be on one page, each with this module to itself: a number at random tells them apart.
-function render({ model, el }) {
+// Several may be on one page, each with this module to itself: a number at random tells them apart. place: where files are dropped.
+function render({ model, el, place = el }) {
   const root = element("div", { class: "flow-explorer", id: `flow-explorer-${Math.random().toString(36).slice(2)}` });
   el.append(root);
-  root.explorer = new Explorer(model.get("config"), root);
+  root.explorer = new Explorer(model.get("config"), root, place);
 }
 
 export default { render };

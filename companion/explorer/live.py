@@ -31,7 +31,7 @@ from flowlib.operators import Blur, Denoising, Inpainting
 SETTINGS = {
     "denoising": ("noise σ", (0.0, 0.4, 0.01), lambda value: Denoising(value)),
     "inpainting": ("hole W", (1, 40, 1), lambda value: Inpainting(int(value))),
-    "deblurring": ("blur σ_b", (0.5, 10.0, 0.5), lambda value: Blur(value)),
+    "deblurring": ("blur σ_b", (0.3, 5.0, 0.1), lambda value: Blur(value)),
 }
 ZOOM = 2
 
@@ -314,7 +314,9 @@ class Explorer(widgets.VBox):
 
 def decibels(value):
     """As text; a perfect answer has no error, and an infinite PSNR."""
-    return f"{value:.2f} dB" if math.isfinite(value) else "exact" if value > 0 else "not finite"
+    if not math.isfinite(value):
+        return "exact" if value > 0 else "not finite"
+    return f"{value:.2f} dB".replace("-", "−")
 
 
 def _png(array):

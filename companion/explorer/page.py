@@ -148,17 +148,30 @@ def tips(images, labels, solvers):
             y = measure(trained, x, 0), measure(moved, x, 0)
             before = psnr(solver(y[0], trained), x).item()
             after = psnr(solve_with(solver, *scalars, y[1], moved), x).item()
-            change = (
-                f"from {before:.2f} to {after:.2f} dB".replace("-", "−")
-                if np.isfinite(after)
-                else "to what is not finite"
-            )
+            finite = np.isfinite(after)
+            change = f"from {before:.2f} to {after:.2f} dB" if finite else "to what is not finite"
             measured = f" (the measurement itself: {psnr(y[1], x).item():.2f} dB)" if changes else ""
             found.append(f"{task} {change}{measured}")
         if found:
-            text_found = "; ".join(found)
+            text_found = "; ".join(found).replace("-", "−")
             lines.append(f"- {text} {text_found[0].upper()}{text_found[1:]}.")
     return "\n".join([f"Things to try, with what they do to {labels[0]}:", "", *lines])
+
+
+@torch.no_grad()
+def beside_the_front_page(images, solvers):
+    """Markdown: why the first face's PSNR is another on the front page, whose solvers are not rounded."""
+    found = []
+    for task, (_, solver, record, _) in solvers.items():
+        y, operator = measured(task, images[:1], 0)
+        if not operator.sigma:
+            there, here = (psnr(s(y, operator), images[:1]).item() for s in (gallery.solver(record), solver))
+            found.append(f"{task} {there:.2f} dB there, {here:.2f} dB here".replace("-", "−"))
+    return (
+        f"The same face on the front page: {'; '.join(found)}. The solvers are the same, but for this page"
+        " their weights are rounded. For denoising the noise differs too, and the flow here is that of noisy"
+        " images."
+    )
 
 
 def write_explorer(experiment):
@@ -207,6 +220,9 @@ def write_explorer(experiment):
             f"no flow solver in {experiment.build}: make one (python -m companion run --run inpainting-glow)"
         )
     _write_image(out / "originals.png", np.concatenate([pixels(x) for x in images], axis=1))
+    told = [tips(images, labels, solvers)]
+    if labels == list(BOXES):
+        told.append(beside_the_front_page(images, solvers))
     write_json(
         out / "config.json",
         {
@@ -214,7 +230,7 @@ def write_explorer(experiment):
             "scales": SCALES,
             "shifts": SHIFTS,
             "labels": labels,
-            "tips": tips(images, labels, solvers),
+            "tips": "\n\n".join(told),
             "experiment": names,
         },
     )
@@ -251,8 +267,11 @@ def _config(folder):
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"no explorer in {folder}: run python -m companion explorer")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    # Inline, because a page that was opened as a file may not read the pixels of another file.
-    return config | {"originals": _data_url(folder / "originals.png")}
+    # Bytes, inline: a page that was opened as a file may not read the pixels of another file, and some
+    # browsers give noise for those of any picture.
+    strip = np.asarray(Image.open(folder / "originals.png").convert("RGB"))
+    images = np.stack(np.split(strip, len(config["labels"]), axis=1)).transpose(0, 3, 1, 2)
+    return config | {"originals": base64.b64encode(images.tobytes()).decode()}
 
 
 def page(folder, address, ort=None):
@@ -260,7 +279,8 @@ def page(folder, address, ort=None):
     finds these files; ort: where it finds onnxruntime-web's module, None if it does not. The script is
     inline, so that it works from file:// too, and no module, so that it runs where it stands and nothing
     below moves."""
-    config = _config(Path(folder)) | {"ort": ort, "reason": "this book was built without npm"}
+    reason = "install npm and build this book again, or run make lab and open live_explorer.ipynb"
+    config = _config(Path(folder)) | {"ort": ort, "reason": reason}
     for task in config["tasks"]:
         task |= {key: f"{address}/{task[key]}" for key in ("sprite", "solver")}
     text = json.dumps(config).replace("<", "\\u003c")
@@ -268,11 +288,11 @@ def page(folder, address, ort=None):
     script = (HERE / "explorer.js").read_text(encoding="utf-8").replace("export default { render };", "")
     return (
         f"<style>{(HERE / 'explorer.css').read_text(encoding='utf-8')}</style>"
-        f'<div id="{place}"><noscript>This explorer needs JavaScript. '
+        f'<div id="{place}"><noscript>This explorer needs JavaScript: allow it for this page. '
         "The figures below show its grids.</noscript></div>"
         f"<script>(() => {{ {script}\n"
         f"render({{ model: {{ get: () => ({text}) }}, "
-        f'el: document.getElementById("{place}") }}); }})();</script>'
+        f'el: document.getElementById("{place}"), place: document }}); }})();</script>'
     )
 
 
@@ -285,10 +305,7 @@ class GridExplorer(anywidget.AnyWidget):
     config = traitlets.Dict().tag(sync=True)
 
     def __init__(self, folder):
-        config = _config(Path(folder)) | {
-            "ort": None,
-            "reason": "in a notebook, companion.explorer.live.Explorer has one",
-        }
+        config = _config(Path(folder)) | {"ort": None, "reason": "use companion.explorer.live.Explorer"}
         for task in config["tasks"]:
             task |= {"sprite": _data_url(Path(folder) / task["sprite"])}
         super().__init__(config=config)
