@@ -2,11 +2,12 @@
 
 import functools
 import hashlib
-import importlib
+import itertools
 import json
+import sys
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Collection
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,11 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, header) as save_tensors wrote them. FileNotFoundError, or ValueError for any other file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: train it first, or correct the path")
+    # The library takes no path that is not UTF-8, such as one from a Latin-1 system.
+    utf8 = not any("\ud800" <= c <= "\udfff" for c in str(path))
     try:
-        with safe_open(path, "pt") as f:
-            about, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+        with open(path, "rb") as f, safe_open(path if utf8 else f"/dev/fd/{f.fileno()}", "pt") as opened:
+            about, tensors = opened.metadata() or {}, {k: opened.get_tensor(k) for k in opened.keys()}
     except Exception as error:  # the library raises more than its own kind
         what = f"{path} is no safetensors file, or is truncated ({error})"
         raise ValueError(f"{what}: delete it, then make or fetch it again") from error
@@ -62,7 +65,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is damaged (its contents do not fit their hash): make or fetch it again")
     try:
         return tensors, dict(json.loads(text))
-    except (TypeError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged (its header is no JSON mapping: {error})") from error
 
 
@@ -75,30 +78,58 @@ def save_checkpoint(
     path: str | Path, model: Glow | UnfoldedPGD, dtype: torch.dtype | None = None, **info: Any
 ) -> None:
     """Writes a Glow or an UnfoldedPGD with all that is needed to build it again, and any JSON-able info.
-    dtype: torch.float16 or bfloat16 halves the file; None keeps the model's. A prox that serves several folds
-    is written once. Raises ValueError for a prox that cannot be built again, TypeError for another model."""
-    tensors = model.state_dict()
-    if type(model) is Glow:  # a subclass would come back as its base
-        header = {"kind": "Glow", "config": model.config}
-    elif type(model) is UnfoldedPGD:
-        folds, marks = [], [_mark(prox) for prox in model.proxes]
-        for k, prox in enumerate(model.proxes):
-            first = marks.index(marks[k])
-            folds.append(_describe(prox) if first == k else {"same_as": first})
-            for key in part_of(tensors, f"proxes.{k}.") if first < k else ():
-                del tensors[f"proxes.{k}.{key}"]
-        header = {"kind": "UnfoldedPGD", "folds": folds, "literal_last_fold": model.literal_last_fold}
-        header["image_shape"] = list(model.x0.shape[1:])
-    else:
+    dtype: torch.float16 or bfloat16 halves the file; None keeps the model's. What folds share is written once
+    and stays shared. Raises, before it writes, TypeError for another model, and ValueError where it could not
+    be loaded again (parametrised or pruned weights, buffers of one's own) or dtype cannot hold a number."""
+    if type(model) not in (Glow, UnfoldedPGD):  # a subclass would come back as its base
         inside = "of a wrapper give model.module (parallel) or model._orig_mod (compiled), and no subclass"
         raise TypeError(f"can save a Glow or an UnfoldedPGD, not a {type(model).__name__}: {inside}")
-    converted = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
-    save_tensors(path, converted, header | {"info": info})
+    header = {"kind": type(model).__name__, "shared": _shared(model)}
+    if type(model) is Glow:
+        header["config"] = model.config
+    else:
+        header["folds"] = [_describe(prox) for prox in model.proxes]
+        header |= {"literal_last_fold": model.literal_last_fold, "image_shape": list(model.x0.shape[1:])}
+    tensors = model.state_dict()
+    try:
+        _draft(lambda: _model(header, tensors), tensors, "what would be saved")
+    except ValueError as error:
+        advice = "remove parametrisations, pruning and buffers of your own, or let from_config make them"
+        raise ValueError(f"{error}: {advice}") from error
+    once = (key for key in tensors if not _within(key, header["shared"]))
+    save_tensors(path, {key: _cast(key, tensors[key], dtype) for key in once}, header | {"info": info})
 
 
-def _mark(prox):
-    """Equal for proxes that are one, or share all of their weights."""
-    return type(prox), [id(p) for p in prox.parameters()] or id(prox), getattr(prox, "config", None)
+def _cast(key, value, dtype):
+    if dtype is None or not value.is_floating_point():
+        return value
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"cannot save as {dtype}: choose torch.float16, bfloat16, float32 or float64")
+    cast = value.to(dtype)
+    if not torch.equal(cast.isfinite(), value.isfinite()):
+        raise ValueError(f"{key} holds numbers too large for {dtype}: choose torch.bfloat16, or None")
+    return cast
+
+
+def _shared(model):
+    """{name: first name} of modules, parameters and buffers that have several, the outermost only."""
+    firsts, shared = {}, {}
+    kinds = model.named_modules, model.named_parameters, model.named_buffers
+    for name, part in itertools.chain(*(named(remove_duplicate=False) for named in kinds)):
+        first = firsts.setdefault(id(part), name)
+        if first != name and not _within(name, shared):
+            shared[name] = first
+    return shared
+
+
+def _within(name, parts):
+    return any(f"{name}.".startswith(f"{part}.") for part in parts)
+
+
+def _share(model, shared):
+    for name, first in shared.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, functools.reduce(getattr, first.split("."), model))
 
 
 def _describe(prox):
@@ -114,53 +145,85 @@ def _describe(prox):
     return {"prox": name, "config": prox.config}
 
 
-def _build(fold):
-    """The prox that _describe described. A file can name a class to import; it cannot hold code."""
+def _build(fold, imports):
+    """The prox that _describe described. A file can name a class, but only imports what it may."""
     name, (module, _, qualified) = fold["prox"], fold["prox"].partition(":")
-    try:
-        cls = PROXES.get(name)
-        cls = cls or functools.reduce(getattr, qualified.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"needs `from {module} import {qualified}`, which failed: {error}") from error
+    cls = PROXES.get(name)
+    if not cls:
+        needs = f"needs `from {module} import {qualified}`"
+        if module not in sys.modules and module not in imports:
+            raise ValueError(f"{needs}: import it first, or if you trust the file give imports=[{module!r}]")
+        try:  # vars, as getattr may import
+            cls = functools.reduce(lambda part, n: vars(part)[n], qualified.split("."), import_module(module))
+        except (ImportError, LookupError, TypeError) as error:
+            raise ValueError(f"{needs}, which failed: {error!r}") from error
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "from_config")):
         raise ValueError(f"{name} is no prox: see flowlib.prox.Prox")
-    with torch.device("cpu") if name not in PROXES else nullcontext():  # not every class can be a draft
+    try:
         return cls.from_config(fold["config"])
+    except (RuntimeError, TypeError):  # not every class can be a draft
+        with torch.device("cpu"):
+            return cls.from_config(fold["config"])
 
 
-def load_checkpoint(path: str | Path) -> Glow | UnfoldedPGD:
+def load_checkpoint(path: str | Path, imports: Collection[str] = ()) -> Glow | UnfoldedPGD:
     """The Glow or UnfoldedPGD that save_checkpoint wrote, in evaluation mode, float32 or float64 as saved.
-    A prox class of one's own is imported. Raises FileNotFoundError; ValueError for a class that cannot be
-    imported and for a foreign, truncated or inconsistent file, naming the first key that does not fit."""
+    imports: modules that may be imported for a prox class of one's own; without, it must have been. Raises
+    FileNotFoundError; ValueError for a class that is not there and for a foreign, truncated or inconsistent
+    file, naming the first key that does not fit."""
     tensors, header = load_tensors(path)
     if header.get("kind") not in ("Glow", "UnfoldedPGD"):
         kind = header.get("kind", "a training state")
         raise ValueError(f"{path} holds no model but {kind!r}: give a model.safetensors")
-    return build_to_fit(lambda: _model(header, tensors), tensors, path)
+    return build_to_fit(lambda: _model(header, tensors, imports), tensors, path)
 
 
-def _model(header, tensors):
-    if header["kind"] == "Glow":
-        return Glow(**header["config"])
-    proxes = []
+def _model(header, tensors, imports=()):
+    """The model that the header describes, without weights; completes tensors by those that are shared."""
     # Before there were unequal folds, one description served all.
-    for k, fold in enumerate(header.get("folds") or [header] * len(tensors["step_size"])):
-        first = fold.get("same_as", k)
-        proxes.append(_build(fold) if first == k else proxes[first])
-        for key, value in part_of(tensors, f"proxes.{first}.").items():
-            tensors[f"proxes.{k}.{key}"] = value
+    folds = [] if header["kind"] == "Glow" else header.get("folds") or [header] * len(tensors["step_size"])
+    whole = {f"proxes.{k}": f"proxes.{fold['same_as']}" for k, fold in enumerate(folds) if "same_as" in fold}
+    shared = header.get("shared", {}) | whole  # older files have only the latter
+    for name, first in shared.items():
+        found = {key.removeprefix(first): v for key, v in tensors.items() if _within(key, [first])}
+        tensors.update({name + rest: value for rest, value in found.items()})
+    if header["kind"] == "Glow":
+        model = Glow(**header["config"])
+        _share(model, shared)
+        return model
+    parts = nn.Module()
+    parts.proxes = nn.ModuleList()
+    for k, fold in enumerate(folds):
+        first = shared.get(f"proxes.{k}")
+        parts.proxes.append(parts.get_submodule(first) if first else _build(fold, imports))
+        # At once, so that no more memory is taken than the file has weights.
+        _share(parts, {name: first for name, first in shared.items() if name.startswith(f"proxes.{k}.")})
     x0 = torch.zeros(1, *header["image_shape"])
-    return UnfoldedPGD(proxes, x0, literal_last_fold=header["literal_last_fold"])
+    return UnfoldedPGD(parts.proxes, x0, literal_last_fold=header["literal_last_fold"])
 
 
 def build_to_fit(build: Callable[[], nn.Module], tensors: dict[str, Tensor], path: str | Path) -> nn.Module:
     """build() with these weights, in evaluation mode, in float64 where they are. ValueError, before memory is
     taken for what a file only claims, where it cannot be built or they do not fit."""
-    left = 2 * sum(value.numel() for value in tensors.values())  # so that a missing tensor is named, below
-    here = threading.get_ident()
+    draft = _draft(build, tensors, path)
+    double = any(tensors[key].dtype == torch.float64 for key, _ in draft.named_parameters())
+    model = build().double() if double else build().float()  # whatever PyTorch's default is
+    for key, buffer in model.named_buffers():
+        if key in tensors and buffer.is_floating_point():
+            buffer.data = buffer.to(torch.promote_types(tensors[key].dtype, torch.float32))
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _draft(build, tensors, path):
+    """build() without memory, which the tensors fit. ValueError: see build_to_fit."""
+    left, here = None, threading.get_ident()
 
     def count(module, name, parameter):
         nonlocal left
+        if left is None:
+            # Twice, so that check_state names what is missing.
+            left = 2 * sum(value.numel() for value in tensors.values())
         left -= parameter.numel() if threading.get_ident() == here else 0
         if left < 0:
             raise ValueError("many more weights than it holds")
@@ -170,16 +233,13 @@ def build_to_fit(build: Callable[[], nn.Module], tensors: dict[str, Tensor], pat
         try:
             with torch.device("meta"):
                 draft = build()
+            draft.state_dict()  # fails where a part is inside itself
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} describes no model that can be built: {error!r}") from error
         finally:
             counting.remove()
     check_state(draft, tensors, path)
-    model = build()
-    if any(tensors[key].dtype == torch.float64 for key, _ in draft.named_parameters()):  # not buffers alone
-        model.double()
-    model.load_state_dict(tensors)
-    return model.eval()
+    return draft
 
 
 def load_state(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:

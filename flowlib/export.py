@@ -1,6 +1,7 @@
 """Export of a flow solver to ONNX, to run it where there is no PyTorch: in a browser, in another program. The
 graph is written node by node, because tracing one of this many small layers takes minutes, and as loops over
-folds and steps, because readying a node takes longer than running it."""
+folds and steps, because readying a node takes longer than running it. Other solvers, and a flow alone, go to
+ONNX by `torch.onnx.export(..., dynamo=False)`."""
 
 import copy
 import functools

@@ -9,31 +9,30 @@ import torch
 from torch import Generator, Tensor, nn
 
 from flowlib.files import as_json
-from flowlib.images import Size, floating, height_and_width
-from flowlib.layers import FlowStep, Folded, LogDet, Mapped, Split, Squeeze, fold, sum_dtype
+from flowlib.images import Size, floating, height_and_width, standard_normal
+from flowlib.layers import FlowStep, Folded, LogDet, Mapped, Split, Squeeze, fold, sum_dtype, without_autocast
 from flowlib.reversible import run_chain
 
 Latents = Sequence[Tensor]  # one for each level
 Folds = list[list[Folded]] | None  # one for each step of each level
 
 
-def _without_autocast(method):
-    """torch.autocast must not touch the affine maps: what has 16 bits is set_compute_dtype's business."""
+def _in_own_dtype(method):
+    """Images and latents get the weights' type. torch.autocast must not touch the affine maps: what has 16
+    bits is set_compute_dtype's business."""
 
     @functools.wraps(method)
     def run(self, *inputs, **options):
         weight = next(self.parameters(), None)
         if weight is None:
             raise RuntimeError("replicas of nn.DataParallel have no parameters: use DistributedDataParallel")
-        if weight.device.type == "meta" or not torch.is_autocast_enabled(weight.device.type):
-            return method(self, *inputs, **options)
 
-        def cast(x):  # an image or latents, which autocast may have made 16 bits wide
-            return x.to(weight.dtype) if isinstance(x, Tensor) else [z.to(weight.dtype) for z in x]
+        def cast(x):
+            return floating(x, weight.dtype) if isinstance(x, Tensor) else [cast(z) for z in x]
 
         inputs = (*map(cast, inputs[:1]), *inputs[1:])
         options |= {name: cast(options[name]) for name in ("x", "latents") if name in options}
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight):
             return method(self, *inputs, **options)
 
     return run
@@ -104,9 +103,9 @@ class Glow(nn.Module):
         channels = self.config["in_channels"]
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"expected images (B, {channels}, H, W), got shape {tuple(x.shape)}")
-        self.latent_shapes(tuple(floating(x).shape[2:]))
+        self.latent_shapes(tuple(x.shape[2:]))
 
-    @_without_autocast
+    @_in_own_dtype
     def fold(self, **which: bool) -> Folds:
         """What the steps compute with, made once for several calls of forward and inverse. which: see
         layers.fold. None in the memory modes that do not keep it."""
@@ -114,13 +113,13 @@ class Glow(nn.Module):
             return None
         return [fold(list(level), **which) for level in self.levels]
 
-    @_without_autocast
+    @_in_own_dtype
     def forward(self, x: Tensor, folded: Folds = None, log_det: bool = True) -> tuple[Latents, LogDet]:
         """z = f(x), equation (4): images (B, C, H, W) -> (latents, one tensor a level; log_det (B,) in nats).
         folded: what fold() gave, if it serves several calls. Without log_det, it is not computed."""
         self._check(x)
         folded = folded or self.fold(inverse=False, log_det=log_det) or [None] * len(self.levels)
-        latents, total = [], x.new_zeros(len(x))
+        latents, total = [], x.new_zeros(x.shape[0])
         for i, squeeze in enumerate(self.squeezes):
             x, level_log_det = run_chain(self.levels[i], squeeze(x), False, self.memory, folded[i], log_det)
             total = total + level_log_det if log_det else None
@@ -129,14 +128,14 @@ class Glow(nn.Module):
                 latents.append(latent)
         return (*latents, x), total
 
-    @_without_autocast
+    @_in_own_dtype
     def inverse(self, latents: Latents, folded: Folds = None, log_det: bool = True) -> Mapped:
         """x = g(z), equation (5): latents as forward returns them -> (images (B, C, H, W); log_det (B,) in
         nats). folded, log_det: as in forward. Raises ValueError for another number of latents."""
         if len(latents) != len(self.levels):
             raise ValueError(f"expected {len(self.levels)} latents, one for each level, got {len(latents)}")
         folded = folded or self.fold(forward=False, log_det=log_det) or [None] * len(self.levels)
-        x, total = latents[-1], latents[-1].new_zeros(len(latents[-1]))
+        x, total = latents[-1], latents[-1].new_zeros(latents[-1].shape[0])
         for i in reversed(range(len(latents))):
             if i < len(latents) - 1:
                 x = self.split.inverse(x, latents[i])
@@ -159,8 +158,8 @@ class Glow(nn.Module):
     ) -> Tensor:
         """Images (num_samples, C, H, W) = g(temperature * z), z ~ N(0, I) drawn with the generator."""
         weight, shapes = next(self.parameters()), self.latent_shapes(image_size)
-        latents = [temperature * torch.randn(num_samples, *s, generator=generator).to(weight) for s in shapes]
-        return self.inverse(latents)[0]
+        noise = (standard_normal((num_samples, *shape), weight, generator) for shape in shapes)
+        return self.inverse([temperature * z for z in noise])[0]
 
     def mode(self, image_size: Size) -> Tensor:
         """g(0), the paper's initial guess x_0: (1, C, H, W)."""
@@ -172,7 +171,7 @@ class Glow(nn.Module):
         """Whether `initialize` was done, here or before the flow was saved."""
         return bool(self.levels[0][0].actnorm.initialized)
 
-    @_without_autocast
+    @_in_own_dtype
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Sets every ActNorm from a batch of images (B, C, H, W), once, before training. Raises RuntimeError

@@ -1,6 +1,7 @@
 """From a packed set to batches: which images train, validate and test, and how pixels become tensors."""
 
 import operator
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -35,11 +36,21 @@ def height_and_width(image_size: Size) -> tuple[int, int]:
     return operator.index(height), operator.index(width)
 
 
-def floating(images: Tensor) -> Tensor:
-    """The images as they are; ValueError for integers."""
+def floating(images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The images, in dtype where it is given; ValueError for integers, and for a wider type than dtype."""
     if not images.is_floating_point():
         raise ValueError(f"expected floating-point images, got {images.dtype}: see flowlib.images.to_tensor")
-    return images
+    if dtype and torch.promote_types(images.dtype, dtype) != dtype:
+        what = f"inputs of {images.dtype} do not fit weights of {dtype}"
+        raise ValueError(f"{what}: give x.to({dtype}), or use model.to({images.dtype})")
+    return images.to(dtype) if dtype else images
+
+
+def standard_normal(shape: Sequence[int], like: Tensor, generator: Generator | None = None) -> Tensor:
+    """Noise N(0, I) in the type and on the device of like, whatever PyTorch's defaults are. It is drawn on
+    the generator's device, without one on a CPU, so that a seed gives the same everywhere."""
+    device = getattr(generator, "device", "cpu")
+    return torch.randn(*shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -51,14 +62,18 @@ def dequantize(images: np.ndarray, generator: Generator | None = None) -> Tensor
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W): (k + u) / 256 - 0.5 with u ~ U[0, 1), for likelihoods,
     equation (14). Raises ValueError for another type."""
     pixels = _channels_first(images)
-    u = torch.rand(pixels.shape, generator=generator)
+    device = getattr(generator, "device", "cpu")
+    u = torch.rand(pixels.shape, generator=generator, dtype=torch.float32, device=device).cpu()
     # float32 steps by 2^-16 just below 256: without the factor, k + u may round up to k + 1.
     return (pixels + u * (1 - 2**-16)) / 256 - 0.5
 
 
 def to_uint8(tensor: Tensor) -> np.ndarray:
-    """float (B, 3, H, W) -> uint8 (B, H, W, 3), rounded and clipped: the inverse of `to_tensor`."""
-    pixels = (tensor.detach().float().cpu() + 0.5) * 255
+    """float (B, 3, H, W) -> uint8 (B, H, W, 3), rounded and clipped: the inverse of `to_tensor`. Raises
+    ValueError for integers, and where a number is not finite."""
+    pixels = (floating(tensor).detach().float().cpu() + 0.5) * 255
+    if not bool(pixels.isfinite().all()):
+        raise ValueError("an image holds numbers that are not finite: what made it broke down")
     return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 

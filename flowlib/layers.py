@@ -1,6 +1,8 @@
 """The invertible layers of Glow, maps of images (B, C, H, W) with known log-determinants."""
 
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,13 @@ Mapped = tuple[Tensor, LogDet]
 def sum_dtype(x: Tensor) -> torch.dtype:
     """What is summed over pixels in: float32, as 16 bits overflow, or float64 where x has that."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context in which torch.autocast leaves alone what is linear, and must fit its inverse or adjoint."""
+    device = x.device.type
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 class Squeeze(nn.Module):
@@ -58,11 +67,13 @@ class Bijection(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Mapped:
         """x -> (y, log_det), both images (B, C, H, W)."""
-        return self._map(x, False, *args, **options)
+        with without_autocast(x):
+            return self._map(x, False, *args, **options)
 
     def inverse(self, y: Tensor, *args: Any, **options: Any) -> Mapped:
         """y -> (x, log_det), log_det being that of the inverse."""
-        return self._map(y, True, *args, **options)
+        with without_autocast(y):
+            return self._map(y, True, *args, **options)
 
 
 class ActNorm(Bijection):
@@ -110,7 +121,7 @@ class InvConv1x1(Bijection):
 
 
 def _over_pixels(log_det, x, inverse):
-    return (log_det * ((-1 if inverse else 1) * x.shape[2:].numel())).repeat(len(x))
+    return (log_det * ((-1 if inverse else 1) * x.shape[2:].numel())).repeat(x.shape[0])
 
 
 def as_double(x: Tensor) -> Tensor:
@@ -123,8 +134,8 @@ def as_double(x: Tensor) -> Tensor:
 
 def inverse_matrix(weight: Tensor) -> Tensor:
     """The inverse of matrices (..., C, C). On a CPU, warns where it may be off by a tenth of its input."""
-    inverse = torch.linalg.inv_ex(as_double(weight)).inverse  # inv would wait for a GPU
-    if weight.device.type == "cpu" and not _transformed(weight):
+    inverse = _of_matrices(lambda w: torch.linalg.inv_ex(w).inverse, weight)  # inv would wait for a GPU
+    if has_values(weight):
         sizes = [torch.linalg.matrix_norm(m.detach()) for m in (weight.to(inverse), inverse)]
         if not bool((sizes[0] * sizes[1] < 0.1 / torch.finfo(sum_dtype(weight)).eps).all()):
             warnings.warn("a 1x1 convolution is nearly singular: what it inverts is noise", stacklevel=2)
@@ -133,12 +144,24 @@ def inverse_matrix(weight: Tensor) -> Tensor:
 
 def log_abs_det(weight: Tensor) -> Tensor:
     """``log |det|`` of matrices (..., C, C)."""
-    return torch.linalg.slogdet(as_double(weight)).logabsdet.to(sum_dtype(weight))
+    return _of_matrices(lambda w: torch.linalg.slogdet(w).logabsdet, weight).to(sum_dtype(weight))
+
+
+def _of_matrices(function: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """function(weight) in float64; a constant in ONNX, which has neither inverse nor determinant."""
+    trace = torch._C._get_tracing_state()
+    if not (trace and torch.onnx.is_in_onnx_export()):
+        return function(as_double(weight))
+    torch._C._set_tracing_state(None)
+    try:
+        return function(as_double(weight.detach()))
+    finally:
+        torch._C._set_tracing_state(trace)
 
 
 def pixelwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """weight (C, C) x + bias (C, 1) at every pixel: a matrix product is faster here than a convolution."""
-    return torch.baddbmm(bias, weight.expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
+    return torch.baddbmm(bias, weight.expand(x.shape[0], -1, -1), x.flatten(2)).reshape(x.shape)
 
 
 class CouplingNet(nn.Module):
@@ -175,7 +198,7 @@ class CouplingNet(nn.Module):
         *first, (weight, bias) = convs or fold_nets([self])[0]
         h = _channels_last(x, weight.dtype)
         known = h.dtype == torch.float32 or h.dtype == torch.bfloat16 and bf16_pays()
-        fused = h.device.type == "cpu" and known and not torch.is_grad_enabled() and not _transformed(h)
+        fused = known and not torch.is_grad_enabled() and has_values(h)
         fused = fused and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         for layer, padding in zip(first, (1, 0)):
             if fused:
@@ -214,8 +237,15 @@ def _channels_last(x, dtype):
     return x.to(dtype) if _transformed(x) else x.to(dtype, memory_format=torch.channels_last)
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether a condition on x costs nothing and means anything: on a CPU, and computed as it stands."""
+    return x.device.type == "cpu" and not _transformed(x)
+
+
 def _transformed(x):
-    """Whether torch.func or forward-mode differentiation is at work, for which not all operations serve."""
+    """Whether an export, torch.func or forward-mode differentiation is at work: not all operations serve."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
     tangent = torch.autograd.forward_ad.unpack_dual(x).tangent
     return tangent is not None or torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -250,7 +280,7 @@ class AffineCoupling(Bijection):
 
     def log_scale_and_shift(self, x_b: Tensor, convs: tuple | None = None) -> tuple[Tensor, Tensor]:
         """(log s, t), each (B, C/2, H, W), of the half that passes unchanged. convs: the net's, folded."""
-        raw, t = self.net(x_b, convs).unflatten(1, (-1, 2)).unbind(2)
+        raw, t = self.net(x_b, convs).reshape(*x_b.shape[:2], 2, *x_b.shape[2:]).unbind(2)
         if self.scale == "tanh":
             return self.max_log_scale * raw.tanh(), t
         if self.scale == "sigmoid":

@@ -22,7 +22,8 @@ def ssim(x_hat: Tensor, x: Tensor, peak: float = 1.0) -> Tensor:
     _check(x_hat, x)
     options = dict(data_range=peak, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     pairs = zip(*(as_double(t.detach().cpu()).numpy() for t in (x_hat, x)))
-    return torch.tensor([structural_similarity(a, b, channel_axis=0, **options) for a, b in pairs])
+    values = [structural_similarity(a, b, channel_axis=0, **options) for a, b in pairs]
+    return torch.tensor(values, dtype=sum_dtype(x), device=x.device)
 
 
 def _check(x_hat, x):

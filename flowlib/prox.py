@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowlib.glow import Glow
+from flowlib.images import floating
+from flowlib.layers import has_values
 
 
 class Prox(nn.Module):
@@ -45,7 +47,8 @@ class GlowProx(Prox):
         return cls(Glow(**config))
 
     def forward(self, x: Tensor, shrinkage: Tensor | float) -> Tensor:
-        if isinstance(shrinkage, (int, float)) and not shrinkage > -1:
+        learnt = isinstance(shrinkage, Tensor) and (shrinkage.requires_grad or not has_values(shrinkage))
+        if not learnt and not bool((torch.as_tensor(shrinkage, device="cpu") > -1).all()):
             raise ValueError(f"shrinkage must be > -1, as latents are divided by 1 + shrinkage: {shrinkage}")
         folded = self.glow.fold(log_det=False)
         latents, _ = self.glow(x, folded, log_det=False)
@@ -88,7 +91,7 @@ class UNetProx(_ImageNet):
         height, width = x.shape[-2:]
         if height % 16 or width % 16:
             raise ValueError(f"height {height} and width {width} must both be divisible by 16: crop or pad")
-        skips = []
+        x, skips = floating(x, self.out.weight.dtype), []
         for i, down in enumerate(self.down):
             x = down(F.max_pool2d(x, 2) if i else x)
             skips.append(x)
@@ -110,7 +113,7 @@ class ResNetProx(_ImageNet):
         self.tail = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
 
     def _net(self, x):
-        x = self.lift(x)
+        x = self.lift(floating(x, self.lift.weight.dtype))
         for block in self.blocks:
             x = x + block(x)
         return self.tail(x)

@@ -65,7 +65,7 @@ def run_chain(
     """(y, log_det or None) of the steps on x (B, C, H, W), or of their inverses in reverse. folded: what fold
     made of them, for the memory mode "plain"; the others: see set_memory. Their backward pass raises
     RuntimeError after functional_call, that of "reversible" also for second derivatives."""
-    steps, total = list(steps), x.new_zeros(len(x)) if log_det else None
+    steps, total = list(steps), x.new_zeros(x.shape[0]) if log_det else None
     if memory == "reversible" and torch.is_grad_enabled():
         return _ReversibleChain.apply(x, steps, inverse, *[p for step in steps for p in step.parameters()])
     for i in reversed(range(len(steps))) if inverse else range(len(steps)):

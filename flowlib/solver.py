@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowlib.glow import Glow, standard_normal_log_prob
-from flowlib.layers import sum_dtype
+from flowlib.layers import sum_dtype, without_autocast
 from flowlib.operators import LinearOperator
 
 
@@ -28,8 +28,9 @@ class UnfoldedPGD(nn.Module):
 
     proxes: one a fold (see Prox). x0: the initial guess (1, C, H, W), the paper's g(0). step_size (μ),
     shrinkage (λ): start values of the trainable scalars, one number or one a fold; λ only where a prox uses
-    it. The estimate is x_K; with literal_last_fold it is x̃_K, which is what equation (12) says if taken at
-    its word: the last prox is then without effect and gets no gradient. Raises ValueError without a prox."""
+    it. μ should start near 1 / ‖A‖², `1 / operator.norm_squared(x0)`; 0.5 suits operators of norm 1. The
+    estimate is x_K; with literal_last_fold it is x̃_K, which is what equation (12) says if taken at its
+    word: the last prox is then without effect and gets no gradient. Raises ValueError without a prox."""
 
     def __init__(
         self,
@@ -47,11 +48,12 @@ class UnfoldedPGD(nn.Module):
             raise ValueError(f"shrinkage must be > -1, as latents are divided by 1 + shrinkage: {shrinkage}")
         self.literal_last_fold = literal_last_fold
         self.register_buffer("x0", x0.detach().clone())
-        start = torch.as_tensor(step_size).to(self.x0)
+        like = dict(dtype=self.x0.dtype, device=self.x0.device)
+        start = torch.as_tensor(step_size, **like)
         self.step_size = nn.Parameter(start.expand(num_folds).clone())
         self.shrinkage = [None] * num_folds
         if any(getattr(prox, "uses_shrinkage", False) for prox in proxes):
-            start = torch.as_tensor(shrinkage).to(self.x0)
+            start = torch.as_tensor(shrinkage, **like)
             self.shrinkage = nn.Parameter(start.expand(num_folds).clone())
 
     @property
@@ -69,19 +71,20 @@ class UnfoldedPGD(nn.Module):
             raise ValueError(f"measurements {tuple(y.shape)} do not fit x0 of shape {tuple(self.x0.shape)}")
         dtype = self.x0.dtype
         inexact = y.is_floating_point() or y.is_complex()  # as in MRI; its Aᵀ gives real images
-        if not inexact or torch.promote_types(y.real.dtype, dtype) != dtype:
+        if not inexact or torch.promote_types(y.dtype.to_real(), dtype) != dtype:
             types = f"{y.dtype} do not fit a solver of {dtype}"
             raise ValueError(f"measurements of {types}: see flowlib.images.to_tensor, or y.to({dtype})")
         several = isinstance(operator, (list, tuple, nn.ModuleList))
         operators = operator if several else [operator] * self.num_folds
-        x, folds = self.x0.expand(len(y), -1, -1, -1), []
+        x, folds = self.x0.expand(y.shape[0], -1, -1, -1), []
         for prox, mu, lam, op in zip(self.proxes, self.step_size, self.shrinkage, operators, strict=True):
-            x_tilde = x + mu * op.A_adjoint(y - op.A(x))
+            with without_autocast(x):
+                x_tilde = x + mu * op.A_adjoint(y - op.A(x))
             if x_tilde.dtype != dtype:
                 raise ValueError(
                     f"A_adjoint gave {x_tilde.dtype}, the solver is of {dtype}: operator.to({dtype})"
                 )
-            x = prox(x_tilde, lam)
+            x = prox(x_tilde, lam).to(dtype)  # which autocast may have made 16 bits wide
             if return_folds:
                 folds.append(describe_fold(prox, lam, x_tilde, x))
         x_hat = x_tilde if self.literal_last_fold else x

@@ -42,3 +42,22 @@ class NoModule:
     @classmethod
     def from_config(cls, config):
         raise AssertionError("never called")
+
+
+class Counted(Scale):
+    """One with a part that folds may share."""
+
+    def __init__(self, start, size=1):
+        super().__init__(start, size)
+        self.net = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3))
+
+    def forward(self, x, shrinkage):
+        return self.factor.mean() * self.net(x)
+
+
+class Strict(Scale):
+    """One that looks at numbers while it is built, which not every device allows."""
+
+    def __init__(self, start, size=1):
+        super().__init__(start, size)
+        assert float(self.factor[0]) == start

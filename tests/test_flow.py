@@ -474,3 +474,37 @@ def test_contiguous_squeeze_and_scale_bias():
     assert torch.equal(Squeeze(contiguous=True).inverse(Squeeze(contiguous=True)(x)), x)
     with pytest.raises(ValueError, match="scale_bias goes with sigmoid"):
         Glow(num_levels=1, scale_bias=0.1)
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_autocast_leaves_layers_alone(make):
+    torch.manual_seed(0)
+    layer, x = randomize(make()), torch.randn(2, 4, 8, 8)
+    (y, log_det), back = layer(x), layer.inverse(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x)[0], y) and torch.equal(layer(x)[1], log_det)
+        assert torch.equal(layer.inverse(x)[0], back)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_types_of_images_and_latents(autocast):
+    glow, x = small_glow(torch.float32), torch.rand(1, 3, 8, 8) - 0.5
+    latents = glow(x)[0]
+    message = "torch.float64 do not fit weights of torch.float32: give x.to"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for call in (glow, glow.log_prob, glow.bits_per_dim, glow.initialize):
+            with pytest.raises(ValueError, match=message):
+                call(x.double())
+            with pytest.raises(ValueError, match="floating-point images, got torch.uint8"):
+                call(x.to(torch.uint8))
+        with pytest.raises(ValueError, match=message):
+            glow.inverse([z.double() for z in latents])
+        torch.testing.assert_close(glow(x.half())[1], glow(x)[1], atol=0.1, rtol=0.01)
+
+
+def test_samples_do_not_depend_on_pytorchs_defaults():
+    glow = small_glow(torch.float32)
+    expected = glow.sample(2, 8, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):  # stands for a GPU as the default device
+        assert torch.equal(glow.sample(2, 8, generator=torch.Generator("cpu").manual_seed(0)), expected)
+        assert glow.sample(2, 8).device.type == glow.mode(8).device.type == "cpu"

@@ -5,7 +5,7 @@ import pytest
 import scipy.ndimage
 import torch
 
-from flowlib import Blur, Denoising, Inpainting
+from flowlib import Blur, Denoising, Inpainting, LinearOperator
 
 OPERATORS = {
     "denoising": Denoising(0.2),
@@ -114,3 +114,59 @@ def test_what_blocked_pixels_hold_does_not_count(value):
     broken = torch.where(operator.mask.bool(), x, value)
     assert torch.equal(operator.A(broken), operator.A(x))
     assert torch.equal(operator.A_adjoint(broken), operator.A_adjoint(x))
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_autocast_leaves_operators_alone(operator):
+    x, y = torch.randn(2, 2, 3, 16, 12, generator=torch.Generator().manual_seed(0))
+    expected = [f(x) for f in (operator.A, operator.A_adjoint)]
+    measured = operator.measure(x, torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(f(x), e) for f, e in zip((operator.A, operator.A_adjoint), expected))
+        assert torch.equal(operator.measure(x, torch.Generator().manual_seed(1)), measured)
+
+
+class Mixed(LinearOperator):
+    """One's own, by a matrix for each row of pixels."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+
+    def A(self, x):
+        return x @ self.matrix.to(x)
+
+    def A_adjoint(self, y):
+        return y @ self.matrix.to(y).T
+
+
+def test_autocast_leaves_measurements_by_ones_own_operator_alone():
+    operator, x = Mixed(torch.rand(12, 12)), torch.rand(1, 3, 16, 12)
+    expected = operator.A(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(operator.measure(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_of_an_operator(dtype):
+    matrix, like = torch.randn(12, 12, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 3, 16, 12)
+    for operator, exact in (
+        (Mixed(matrix), torch.linalg.matrix_norm(matrix, 2) ** 2),
+        (Mixed(0 * matrix), 0),
+    ):
+        found = operator.norm_squared(like.to(dtype))
+        assert found == operator.norm_squared(like.to(dtype)) and 0.95 * exact <= found <= 1.0001 * exact
+    for operator in OPERATORS.values():
+        exact = operator.norm_squared(like.double(), num_steps=300)
+        assert 0.95 * exact <= operator.norm_squared(like.to(dtype)) <= 1.0001 * exact
+
+
+def test_noise_does_not_depend_on_pytorchs_defaults():
+    operators, x = (Denoising(0.2), Inpainting(3, 8, sigma=0.1), Blur(sigma=0.1)), torch.rand(1, 3, 8, 8)
+    expected = [o.measure(x, torch.Generator().manual_seed(0)) for o in operators]
+    with torch.device("meta"):  # stands for a GPU as the default device
+        found = [o.measure(x, torch.Generator("cpu").manual_seed(0)) for o in operators]
+        assert all(torch.equal(*pair) for pair in zip(found, expected))
+        assert Denoising(0.2).measure(x).device.type == "cpu"
+    assert Inpainting(3, 8).to("meta").A(x.to("meta")).shape == x.shape
+    assert Inpainting(3, 8).A(x.to("meta")).device.type == Blur().A(x.to("meta")).device.type == "meta"

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from flowlib import (
+    Blur,
     Denoising,
     Glow,
     GlowProx,
@@ -265,3 +266,119 @@ def test_batches_of_no_image():
     assert psnr(x_hat, x[:0]).shape == ssim(x_hat, x[:0]).shape == (0,)
     assert to_tensor(np.zeros((0, 8, 8, 3), np.uint8)).shape == (0, 3, 8, 8)
     assert UnfoldedPGD([UNetProx(2)], torch.zeros(1, 3, 16, 16)).eval()(y[:0].float(), operator).shape[0] == 0
+
+
+class Rows(LinearOperator):
+    """A product of matrices, which autocast would make 16 bits wide."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+
+    def A(self, x):
+        return x @ self.matrix
+
+    def A_adjoint(self, y):
+        return y @ self.matrix.T
+
+
+class Conv(torch.nn.Conv2d):
+    """A prox whose result autocast makes 16 bits wide."""
+
+    def forward(self, x, shrinkage):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("operator", [Blur(), Inpainting(5, 16), Rows(torch.rand(16, 16) / 16)])
+def test_autocast_leaves_the_data_step_alone(operator):
+    torch.manual_seed(0)
+    x0, y = torch.zeros(1, 3, 16, 16), torch.rand(2, 3, 16, 16) - 0.5
+    flows = UnfoldedPGD([p.float() for p in small_solver().proxes], x0)
+    expected = flows(y, operator)
+    nets = UnfoldedPGD([Conv(3, 3, 1), Conv(3, 3, 1)], x0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(flows(y, operator), expected)
+        x_hat, folds = nets(y, operator, return_folds=True)
+        data_step = nets.step_size[1].detach() * operator.A_adjoint(y - operator.A(folds[0].x))
+    assert x_hat.dtype == torch.float32
+    if not isinstance(operator, Rows):
+        torch.testing.assert_close(folds[1].x_tilde, folds[0].x + data_step)
+
+
+def test_a_step_size_for_ones_own_operator():
+    """Means of four neighbours, the rest zeros: of norm 1/2. Steps of 4 take the whole residual."""
+    matrix = torch.zeros(16, 16)
+    for column in range(4):
+        matrix[4 * column : 4 * column + 4, column] = 0.25
+    operator, x = Rows(matrix), torch.rand(1, 3, 16, 16) - 0.5
+    step_size = 1 / operator.norm_squared(x)
+    assert 3.99 < step_size < 4.01
+    y, x0 = operator.measure(x), torch.zeros_like(x)
+    residuals = [
+        (y - operator.A(UnfoldedPGD([Keep()], x0, step_size=mu)(y, operator))).norm() / y.norm()
+        for mu in (0.5, step_size)
+    ]
+    assert residuals[1] < 0.05 < 0.5 < residuals[0]
+
+
+class Keep(torch.nn.Module):
+    def forward(self, x, shrinkage):
+        return x
+
+
+@pytest.mark.parametrize(
+    "shrinkage",
+    [np.float32(-2), np.int64(-1), np.array(-1.5), torch.tensor(-2.0), torch.tensor([[[0.1]], [[-3.0]]])],
+)
+def test_numbers_of_other_kinds_that_divide_by_zero_are_refused(shrinkage):
+    with pytest.raises(ValueError, match="shrinkage must be > -1"):
+        small_solver().proxes[0](measurement()[0], shrinkage)
+    with torch.no_grad(), pytest.raises(ValueError, match="shrinkage must be > -1"):
+        small_solver().proxes[0](measurement()[0], shrinkage)
+
+
+def test_a_learnt_shrinkage_is_not_refused():
+    """A training that goes astray is restarted, not stopped."""
+    solver, (_, operator, y) = small_solver(), measurement()
+    solver.shrinkage.data[:] = -2
+    with torch.no_grad():
+        assert solver(y, operator).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_images_are_not_drawn(value):
+    image = torch.zeros(1, 3, 4, 4)
+    image[0, 1, 2, 3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        to_uint8(image)
+    with pytest.raises(ValueError, match="floating-point images, got torch.uint8"):
+        to_uint8(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: UNetProx(2), lambda: ResNetProx(4), lambda: GlowProx(Glow(3, 2, 1, hidden_channels=4))]
+)
+def test_images_of_a_wider_type_than_the_weights_are_named(make):
+    prox, x = make().eval(), torch.rand(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="torch.float64 do not fit weights of torch.float32: give x.to"):
+        prox(x.double(), 0.1)
+    with pytest.raises(ValueError, match="floating-point images, got torch.uint8"):
+        prox((255 * x).to(torch.uint8), 0.1)
+    torch.testing.assert_close(prox(x.half(), 0.1).float(), prox(x, 0.1), atol=0.01, rtol=0)
+
+
+def test_scalars_do_not_depend_on_pytorchs_defaults():
+    x0 = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+    with torch.device("meta"):  # stands for a GPU as the default device
+        solver = UnfoldedPGD([Keep()] * 2, x0, step_size=0.1)
+        similarity = ssim(x0, x0)
+    assert solver.step_size.tolist() == [0.1, 0.1] and similarity.tolist() == [1]
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    expected = dequantize(pixels, torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        assert torch.equal(dequantize(pixels, torch.Generator("cpu").manual_seed(0)), expected)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(dequantize(pixels, torch.Generator().manual_seed(0)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
