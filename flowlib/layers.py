@@ -197,8 +197,8 @@ class CouplingNet(nn.Module):
         """(B, in_channels, H, W) -> (B, out_channels, H, W). convs: one of what fold_nets gives."""
         *first, (weight, bias) = convs or fold_nets([self])[0]
         h = _channels_last(x, weight.dtype)
-        known = h.dtype == torch.float32 or h.dtype == torch.bfloat16 and bf16_pays()
-        fused = known and not torch.is_grad_enabled() and has_values(h)
+        fused = has_values(h) and not torch.is_grad_enabled()
+        fused = fused and (h.dtype == torch.float32 or h.dtype == torch.bfloat16 and bf16_pays())
         fused = fused and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         for layer, padding in zip(first, (1, 0)):
             if fused:

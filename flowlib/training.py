@@ -86,19 +86,19 @@ class Diverged(FloatingPointError):
 def generator_for(seed: int, purpose: str, step: int = 0) -> torch.Generator:
     """A torch.Generator that depends on all three; purpose is a word."""
     key = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), step]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(key) >> 1)
+    return torch.Generator("cpu").manual_seed(int(key) >> 1)
 
 
 def batch_indices(step: int, batch_size: int, num_images: int, seed: int) -> np.ndarray:
     """The images of one step: every epoch is a new permutation, and its incomplete last batch is dropped."""
     epoch, position = divmod(step, num_images // batch_size)
-    order = torch.randperm(num_images, generator=generator_for(seed, "epoch", epoch))
+    order = torch.randperm(num_images, generator=generator_for(seed, "epoch", epoch), device="cpu")
     return order[position * batch_size : (position + 1) * batch_size].numpy()
 
 
 def mirrored(x: Tensor, seed: int, step: int) -> Tensor:
     """x (B, C, H, W) with about half of its images mirrored left to right."""
-    chosen = torch.rand(len(x), generator=generator_for(seed, "mirror", step)) < 0.5
+    chosen = torch.rand(len(x), generator=generator_for(seed, "mirror", step), device="cpu") < 0.5
     return torch.where(chosen[:, None, None, None].to(x.device), x.flip(3), x)
 
 
