@@ -45,6 +45,7 @@ class Trial:
     x0: str = "zero"
     step_size: float = 1.0
     shrinkage: float = 0.1
+    scalar_lr: float = 1e-2
     optimizer: str = "adam"
     clip_norm: float = 0.1
     blind_sigma: float | None = None
@@ -73,7 +74,10 @@ def _trials() -> dict[str, Trial]:
         "screen-noisy-flow": denoising(600, start="flow-noisy"),
     }
     trials |= {f"inpainting-screen-muon-{lr:g}": inpainting(600, 4, lr) for lr in (2.5e-4, 5e-4, 1e-3)}
-    trials["inpainting-screen-adam-0.0002"] = inpainting(700, 4, 2e-4, "adam")
+    trials |= {f"inpainting-screen-adam-{lr:g}": inpainting(700, 4, lr, "adam") for lr in (2e-4, 4e-4)}
+    slow = dict(shrinkage=0.6, scalar_lr=1e-3)  # λ starts where denoising ends, and moves slowly
+    trials["inpainting-screen-adam-slow-lambda"] = inpainting(700, 4, 2e-4, "adam", **slow)
+    trials["inpainting-screen-muon-slow-lambda"] = inpainting(600, 4, 5e-4, **slow)
     for name, task in {"denoising": denoising, "inpainting": inpainting}.items():
         trials |= {
             f"{name}-1-fold": task(1600),
@@ -160,7 +164,7 @@ def carry_out(name: str, experiment: Experiment) -> dict:
     every = math.ceil(trial.num_steps / VALIDATIONS)
     settings = Training(trial.num_steps, trial.batch_size, trial.lr, validate_every=every, mirror=True)
     changes = dict(clip_norm=trial.clip_norm, fixed_norms=trial.fixed_norms, max_restarts=0)
-    changes |= dict(optimizer=trial.optimizer)
+    changes |= dict(optimizer=trial.optimizer, scalar_lr=trial.scalar_lr)
     settings = replace(settings, warmup_steps=min(50, trial.num_steps // 10), **changes)
     options = {"groups": groups_of(solver, trial, settings)}
     if trial.fold_loss:
