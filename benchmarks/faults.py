@@ -7,13 +7,17 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +26,13 @@ import torch
 from safetensors.torch import save_file
 
 import data
+from companion import runs
 from companion.experiment import Experiment
 from companion.files import write_csv, write_json
-from companion.paths import RESULTS
+from companion.paths import RESULTS, ROOT
 from companion.provenance import provenance
 from companion.runs import ensure
-from companion.shipping import pack, unpack
+from companion.shipping import pack, sha256, unpack
 from flowlib import Glow, GlowProx, ResNetProx, UnfoldedPGD, load_checkpoint, save_checkpoint
 from flowlib.checkpoints import load_tensors, save_tensors
 from flowlib.glowip import load_glowip
@@ -106,8 +111,34 @@ def _kept_model(folder):
     return folder / "kept.safetensors", unpacked
 
 
+def _kept(name, flow=None, flipped=None):
+    """A model that is kept with the code, counted from a flow; flipped: which of the two gets the flips."""
+
+    def make(folder):
+        copies = {}
+        for part in filter(None, (name, flow)):
+            copies[part] = folder / f"{Path(part).name}.safetensors"
+            shutil.copyfile(RESULTS / "checkpoints" / f"{part}.safetensors", copies[part])
+
+        def unpacked(_):
+            unpack(copies[name], folder / "model", copies.get(flow))
+            return sha256(folder / "model")
+
+        return copies[flipped or name], unpacked
+
+    return make
+
+
+KEPT_FLOW, KEPT_SOLVER = "cpu-celeba-s0/flow", "cpu-celeba-s0/v2/inpainting-glow"
+KEPT = {"kept flow": _kept(KEPT_FLOW), "kept solver": _kept(KEPT_SOLVER, KEPT_FLOW)}
+KEPT["flow of a kept solver"] = _kept(KEPT_SOLVER, KEPT_FLOW, flipped=KEPT_FLOW)
 FILES = {"checkpoint": _checkpoint, "resume file": _resume_file, "kept model": _kept_model}
-FILES |= {"GlowIP file": _glowip_file, "images.npy": _images}
+FILES |= {"GlowIP file": _glowip_file, "images.npy": _images} | KEPT
+
+
+def flips(kind, count):
+    """How often a bit is flipped; the models kept with the code are large."""
+    return min(count, 200) if kind in KEPT else count
 
 
 def flip_bits(kind, folder, count, seed=0):
@@ -308,6 +339,106 @@ def kill_runs(folder, count, method="resnet", seed=0):
     return {"killed": kills} | {what: often for what, often in found.items() if often}
 
 
+def _restored(build, method, results):
+    """Makes a run whose model is kept in results."""
+    runs.RESULTS = results
+    ensure(*_smoke(build, method))
+
+
+def kill_unpacking(folder, count, seed=0):
+    """{what came of it: how often} of killing the unpacking of a kept solver at random moments."""
+    whole, results = Path(folder) / "whole", Path(folder) / "results"
+    data.prepare_synthetic(whole / "data" / "synthetic", num_images=40)
+    experiment, run = _smoke(whole, "glow")
+    pair, before = [experiment.flow(), run], runs.RESULTS
+    ensure(experiment, run)
+    try:
+        runs.RESULTS = results
+        runs.publish_all(experiment, pair, pair)
+    finally:
+        runs.RESULTS = before
+    place = experiment.directory(run).relative_to(whole)
+    context, generator, found = (
+        multiprocessing.get_context("forkserver"),
+        np.random.default_rng(seed),
+        Counter(),
+    )
+    context.set_forkserver_preload(["companion.runs"])
+    longest = 10.0
+    for number in range(-1, count):  # the first is not killed, and tells how long it takes
+        build = Path(folder) / f"killed-{number}"
+        shutil.copytree(whole / "data", build / "data")
+        for seconds in (generator.uniform(0, longest) if number >= 0 else None, None):
+            began = time.monotonic()
+            process = context.Process(target=_restored, args=(build, "glow", results))
+            process.start()
+            process.join(seconds)
+            process.kill()
+            process.join()
+        if number < 0:
+            longest = time.monotonic() - began
+            expected = sha256(build / place / "model.safetensors")
+            continue
+        record = json.loads((build / place / "record.json").read_text(encoding="utf-8"))
+        same = record["kept"] and sha256(build / place / "model.safetensors") == expected
+        found["the same model" if same else "another model"] += 1
+        found["temporary files left"] += len(list(build.rglob("*.tmp")))
+        shutil.rmtree(build)
+    return {what: often for what, often in found.items() if often}
+
+
+# Whole builds. {stage: what is written when it begins}
+STAGES = {"preparing images": "data/*/.preparing-*", "training": "logs/pretrain_flow.ipynb"}
+STAGES |= {"evaluating": "runs/**/model.safetensors", "executing notebooks": "logs/solver.ipynb"}
+STAGES |= {"tabulating": "logs/tables.ipynb", "rendering": "logs/book.log"}
+
+
+def kill(process, build, generator):
+    """Kills a build at once, or a little later."""
+    time.sleep(generator.uniform(0, 2))
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def fill(process, build, generator):
+    """Fills the disk of a build until it ends."""
+    with open(build / "filler", "wb", buffering=0) as file:
+        while process.poll() is None:
+            try:
+                file.write(bytes(2**16))
+            except OSError:
+                time.sleep(0.1)
+    (build / "filler").unlink()
+
+
+def disturb_build(build, disturb, count=1, seed=0):
+    """{stage: what the build said} of disturbing a build `count` times in each stage and going on with it; in
+    "at the end", what came of the last start, and what is left of the others."""
+    command = [sys.executable, "-m", "companion", "book", "--profile", "smoke", "--build", str(build)]
+    generator, told = np.random.default_rng(seed), defaultdict(list)
+
+    def start(stage=None):
+        began = time.time()
+        log = tempfile.TemporaryFile("w+")
+        options = dict(cwd=ROOT, start_new_session=True, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, **options)
+        while stage and process.poll() is None:
+            if any(path.stat().st_mtime > began for path in build.glob(STAGES[stage])):
+                disturb(process, build, generator)
+                break
+            time.sleep(0.02)
+        process.wait()
+        log.seek(0)
+        return process.returncode, log.read()
+
+    for stage in [stage for stage in STAGES for _ in range(count)]:
+        code, text = start(stage)
+        told[stage].append(text if code else "nothing happened")
+    code, text = start()
+    left = [str(path) for name in ("*.tmp", ".tmp*", ".preparing-*") for path in build.rglob(name)]
+    whole = code == 0 and (build / "html" / "index.html").exists() and not left
+    return dict(told) | {"at the end": "a whole book" if whole else f"{code}, {left}: {text[-2000:]}"}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--flips", type=int, default=500)
@@ -327,7 +458,7 @@ def main():
             return made
 
         for kind in FILES:
-            tried(f"one bit flipped: {kind}", flip_bits(kind, folder(), args.flips))
+            tried(f"one bit flipped: {kind}", flip_bits(kind, folder(), flips(kind, args.flips)))
         for kind, names in itertools.groupby(HOSTILE, lambda name: name.partition(":")[0]):
             tried(f"hostile file: {kind}", Counter(hostile(name, folder()) for name in names))
         found = kill_runs(folder(), args.kills, "glow")

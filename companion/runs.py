@@ -201,8 +201,8 @@ def _publishable(experiment, run, ship):
 
 def _check_counted(new):
     """ValueError where new, a kept flow among it, leaves solvers that are counted from the old one."""
-    old = {sha256(path) for path in new if path.suffix == ".safetensors" and path.exists()}
-    old -= {sha256(new[path]) for path in new}
+    models = [path for path in new if path.suffix == ".safetensors"]
+    old = {sha256(path) for path in models if path.exists()} - {sha256(new[path]) for path in models}
     others = [path for path in (RESULTS / "checkpoints").rglob("*.safetensors") if old and path not in new]
     left = [path.stem for path in others if counted_from(path) in old]
     if left:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from companion.paths import RESULTS
@@ -48,9 +48,9 @@ def unpack(kept: Path, model: Path, start: Path | None = None):
         )
     if header["started"] and not (start and start.exists()):
         raise ValueError(f"{kept} holds differences to a flow: give that flow, as it is kept, or fetch both")
+    of_start = _tensors_of(start)
     if header["started"] and header["start"] != sha256(start):
         raise ValueError(f"{kept} holds differences to another flow than {start}: fetch both again")
-    of_start = _tensors_of(start)
     try:
         for name, shape in header["shapes"].items():
             packed = tensors.pop(f"{name}:scale"), tensors.pop(f"{name}:bits")
@@ -61,7 +61,16 @@ def unpack(kept: Path, model: Path, start: Path | None = None):
 
 
 def sha256(path: Path) -> str:
-    """Of a file."""
+    """Of a model's contents, as its header has it (safetensors may write the same ones in another order); of
+    the first ones kept, which hold none, and of other files, that of the file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("sha256") or _of_file(path)
+    except SafetensorError:
+        return _of_file(path)
+
+
+def _of_file(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -80,9 +89,9 @@ def _checked(kept):
     if not hashed or header.get("started") and "start" not in header:
         first = json.loads(FIRST_DIGESTS.read_text(encoding="utf-8")) if FIRST_DIGESTS.exists() else {}
         known = {entry["sha256"]: entry["start"] for entry in first.values()}
-        if sha256(kept) not in known:
+        if _of_file(kept) not in known:
             raise ValueError(f"{kept} is damaged ({FIRST_DIGESTS} lacks its hash): fetch it again")
-        header["start"] = known[sha256(kept)]
+        header["start"] = known[_of_file(kept)]
     return tensors, header
 
 
