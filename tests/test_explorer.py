@@ -17,6 +17,7 @@ from companion.explorer.live import Explorer, images
 from companion.explorer.page import (
     SCALES,
     SHIFTS,
+    beside_the_front_page,
     grid,
     measure,
     normals,
@@ -161,6 +162,16 @@ def test_tips_say_what_happens():
     assert f"Inpainting from {before:.2f} to {after.item():.2f} dB." in text
     assert f"Inpainting from {before:.2f} to {narrow.item():.2f} dB (the measurement" in text
     assert "Noise" not in text and "one" in text
+
+
+def test_the_front_pages_other_numbers_are_explained(monkeypatch):
+    kept, solver, x = small_solver(), small_solver(3), to_tensor(data.draw_faces(range(1)))
+    monkeypatch.setattr(gallery, "solver", lambda record: kept)
+    solvers = {task: ("glow", solver, {}, []) for task in ("inpainting", "denoising")}
+    text, operator = beside_the_front_page(x, solvers), Inpainting(19)
+    with torch.no_grad():
+        there, here = (psnr(s(operator.A(x), operator), x).item() for s in (kept, solver))
+    assert f"inpainting {there:.2f} dB there, {here:.2f} dB here" in text and "denoising " not in text
 
 
 def test_normal_numbers():
