@@ -13,6 +13,7 @@ from companion.settings import METHODS, PROFILE_WORDS
 from companion.tables import (
     MARKS,
     compare,
+    counted,
     every_claim,
     listed,
     machine,
@@ -61,13 +62,14 @@ def decided(claim: Claim, task: str, records: list[dict], others: Sequence[dict]
         return "not run", None, None, "–"
     pairs = {rival: compare(group, *where, rival) for rival, group in found.items()}
     verdicts = {rival: verdict(pair) for rival, pair in pairs.items()}
-    order = ("the opposite", "no claim", "not distinguishable", "replicated")  # one rival ahead is enough
+    order = ("the opposite", "no claim", "not distinguishable", "same sign", "size replicated")
+    # One rival ahead is enough.
     rival = min(pairs, key=lambda m: (order.index(verdicts[m].split(":")[0]), pairs[m].difference))
     return verdicts[rival], pairs[rival], rival, profile_of(found[rival])
 
 
 def scoreboard(records: list[dict]) -> list[str]:
-    """Lines of a Markdown table: each claim of CLAIMS and each task, whether it came out as printed."""
+    """Lines of a Markdown table: each claim of CLAIMS and each task, with its verdict."""
     heads = ["The paper: the solver with a flow …", *MAIN_TASKS]
     rows = [heads, ["---"] * len(heads)]
     for claim in CLAIMS:
@@ -90,8 +92,9 @@ def scoreboard(records: list[dict]) -> list[str]:
 
 LEGEND = (
     "By how many dB the flow is above its rival (of two the one that decides, named); in brackets what the "
-    "paper prints; a profile where that alone has the number. ✓ came out as printed, ✗ the other way round, "
-    "≈ cannot be told, ? not trained well enough to say. ± is the 95 % interval over test images and seeds; "
+    "paper prints; a profile where that alone has the number. ✓ same sign, ✓✓ size replicated: the paper's "
+    "difference lies in our interval, ✗ the opposite, ≈ not distinguishable, ? no claim, as not trained well "
+    "enough. ± is the 95 % interval over test images and seeds; "
     "¹ over images alone, as there is one seed each. Each number leads to its page, where the records are."
 )
 
@@ -106,7 +109,8 @@ def bottom_line(records: list[dict]) -> list[str]:
         found.setdefault(key, []).append(task + ahead)
     solvers = [r for r in run if r["kind"] == "solver"]
     profiles = listed([f"`{name}`" for name in dict.fromkeys(r["experiment"]["profile"] for r in solvers)])
-    holds, fails = found.pop("replicated", []), found.pop("the opposite", [])
+    holds = [t for word in ("same sign", "size replicated") for t in found.pop(word, [])]
+    fails = found.pop("the opposite", [])
     first = f"best in {listed(holds)}" if holds else "best in no task"
     first += f", but not in {listed(fails)}" if fails else ""
     first = f"**With the networks of profile {profiles} (below), the flow restores {first}.**"
@@ -120,15 +124,13 @@ def bottom_line(records: list[dict]) -> list[str]:
 def with_more_training(records: list[dict]) -> list[str]:
     """What the main claim comes to where each solver goes on (see going_on), in a paragraph; [] where none
     did."""
-    words = {"replicated": "as printed", "the opposite": "the other way round"}
-    words["not distinguishable"] = "too close to call"
     run, told, changed = comparison(records, "v2"), [], []
     for task in MAIN_TASKS:
         now = going_on.outcome(task, records)
         if now:
             told.append(f"{now[1]} in {task}")
             if now[0] != decided(CLAIMS[0], task, run)[0]:
-                changed.append(f"{task} is {words[now[0]]}")
+                changed.append(f"{task} is *{now[0]}*")
     if not told:
         return []
     verdicts = f"With more training {listed(changed)}." if changed else "The same with more training."
@@ -141,19 +143,8 @@ def with_more_training(records: list[dict]) -> list[str]:
 
 def how_sure(records: list[dict]) -> str:
     """How all orders of two methods came out, and with how many seeds."""
-    counts = {}
     claims = [row for e in ("v2", "v1") for row in every_claim(e, comparison(records, e), others=records)]
-    for row in claims:
-        key = "no claim" if row["Verdict"].startswith("no claim") else row["Verdict"]
-        counts[key] = counts.get(key, 0) + 1
-    told = {
-        "replicated": "came out as printed",
-        "the opposite": "the other way round",
-        "not distinguishable": "could not be told apart",
-        "no claim": "cannot be judged, as one of the two was not trained well enough",
-        "not run": "were not run",
-    }
-    parts = [f"{counts[key]} {words}" for key, words in told.items() if key in counts]
+    above, others = for_the_flow(claims)
     profiles = listed([f"`{p}`" for p in dict.fromkeys(row["Profile"] for row in claims) if p != "–"])
     solvers = [r for r in comparison(records, "v2") if r["kind"] == "solver"]
     flows = max((len(of_seeds(r)) for r in solvers if r["method"] in gallery.FLOWS), default=0)
@@ -167,9 +158,18 @@ def how_sure(records: list[dict]) -> str:
     twice = sum("all but repeats" in row["Task"] for row in claims)
     repeated = f" ({twice} of them all but repeat others, see there)" if twice else ""
     return (
-        f"**How sure.** Of all {len(claims)} orders of two methods in the paper's tables, both "
-        f"editions{repeated}, {listed(parts)}, at the profiles {profiles}; {seeds}.{single}"
+        f"**How sure.** The paper's tables, both editions, have {len(claims)} orders of two methods"
+        f"{repeated}. Of the {len(above)} in which a U-Net or ResNet is below the flow: {counted(above)}. "
+        f"Of the other {len(others)}: {counted(others)}. "
+        f"They are at the profiles {profiles}; {seeds}.{single}"
     )
+
+
+def for_the_flow(claims: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The claims in which the paper has the flow above a U-Net or ResNet, and the rest."""
+    over = {f"GLOW over {METHODS[rival].short}" for rival in RIVALS}
+    above = [row for row in claims if row["Claim"] in over and row["Paper, dB"].startswith("+")]
+    return above, [row for row in claims if row not in above]
 
 
 def other_sizes(records: list[dict], shown: list[dict], tasks: Sequence[str] = MAIN_TASKS) -> str:

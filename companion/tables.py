@@ -409,13 +409,27 @@ def power_of_ten(value: float) -> str:
     return f"{digit} · 10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
+# Where an interval does not hold zero, its sign is told; of the paper's sign also whether the paper's
+# difference lies within.
+VERDICTS = ("size replicated", "same sign", "not distinguishable", "the opposite", "no claim", "not run")
+MARKS = {"size replicated": "✓✓", "same sign": "✓", "the opposite": "✗", "not distinguishable": "≈"}
+
+
 def verdict(pair: Comparison) -> str:
-    """In words, whether a paired difference has the sign of the paper's."""
+    """One of VERDICTS; "no claim" with its reason."""
     if pair.reason:
         return f"no claim: {pair.reason}"
     if abs(pair.difference) <= pair.half_width:
         return "not distinguishable"
-    return "replicated" if pair.difference * pair.paper > 0 else "the opposite"
+    if pair.difference * pair.paper < 0:
+        return "the opposite"
+    return "size replicated" if abs(pair.difference - pair.paper) <= pair.half_width else "same sign"
+
+
+def counted(rows: Sequence[dict]) -> str:
+    """How many of the claims have which verdict: "2 *same sign*, 1 *no claim*"."""
+    found = [row["Verdict"].split(":")[0] for row in rows]
+    return ", ".join(f"{found.count(word)} *{word}*" for word in VERDICTS if word in found)
 
 
 def claims(
@@ -583,9 +597,6 @@ def budget(records: list[dict]) -> str:
         f"The runs compared are those {' and '.join(told)}. Each solver saw {min(images):,} to "
         f"{max(images):,} training images, in {min(times):.0f} to {max(times):.0f} minutes."
     )
-
-
-MARKS = {"replicated": "✓", "the opposite": "✗", "not distinguishable": "≈"}
 
 
 def overview(edition: str, records: list[dict], others: Sequence[dict] = ()) -> list[dict]:

@@ -409,7 +409,12 @@ def test_verdicts():
         pair = [solver_record("glow", first, **options), solver_record("unet", second, **options)]
         return tables.verdict(tables.compare(pair, "I", "v2", "denoising"))
 
-    assert verdict(28, 25) == "replicated"  # the paper: +0.06
+    assert verdict(28, 25) == "same sign"  # the paper: +0.06
+    pair = tables.Comparison(0.1, 0.05, 0.06, (1, 1), "", True)  # the paper's difference within ±, or not
+    assert tables.verdict(pair) == "size replicated"
+    assert tables.verdict(pair._replace(half_width=0.03)) == "same sign"
+    assert tables.verdict(pair._replace(difference=-0.1)) == "the opposite"
+    assert set(tables.MARKS) < set(tables.VERDICTS)
     assert verdict(25, 28) == "the opposite"
     assert verdict(28, 28) == "not distinguishable"
     assert verdict(28, 19) == "no claim: U-Net below its measurement"
@@ -483,7 +488,7 @@ def test_pages_answer_as_the_tables_do():
     scratch = solver_record("glow-scratch", 30) | {"experiment": first}
     for found, profile, told in (
         (cpu + short, "short", "1.00 ± 0.00 dB below GLOW, scratch (**the opposite**)"),
-        ([*cpu, scratch, *short], "cpu", "2.00 ± 0.00 dB above GLOW, scratch (**replicated**)"),
+        ([*cpu, scratch, *short], "cpu", "2.00 ± 0.00 dB above GLOW, scratch (**same sign**)"),
     ):
         kept = records.comparison(found, "v1")
         (row,) = [r for r in tables.claims("III", "v1", kept, found) if "σₙ = 0.2" in r["Task"]]
@@ -511,7 +516,7 @@ def test_a_training_that_fell_apart_is_told_of():
     fell, found = solver_record("unet", 28), solver_record("glow", 30)
     fell["training"] |= dict(restarts=[{"step": 1500, "reason": ""}], best_step=2000, steps=6000)
     assert tables.remark(fell, []) == "training broke down at step 1,500, went on at half the rate"
-    assert tables.verdict(tables.compare([found, fell], "I", "v2", "denoising")) == "replicated"
+    assert tables.verdict(tables.compare([found, fell], "I", "v2", "denoising")) == "same sign"
     fell["training"]["restarts"].append({"step": 6000, "reason": ""})  # and there was no step left
     assert tables.remark(fell, []).startswith("no better since it broke down")
     assert tables.verdict(tables.compare([found, fell], "I", "v2", "denoising")).startswith("no claim: U-Net")
