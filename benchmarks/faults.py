@@ -18,6 +18,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -439,6 +440,18 @@ def disturb_build(build, disturb, count=1, seed=0):
     return dict(told) | {"at the end": "a whole book" if whole else f"{code}, {left}: {text[-2000:]}"}
 
 
+@contextmanager
+def small_disk(folder, megabytes=400):
+    """A disk of its own at folder. PermissionError without the right to mount one."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        raise PermissionError("needs the right to mount a small disk")
+    try:
+        yield Path(folder) / "book"
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--flips", type=int, default=500)
@@ -463,6 +476,17 @@ def main():
             tried(f"hostile file: {kind}", Counter(hostile(name, folder()) for name in names))
         found = kill_runs(folder(), args.kills, "glow")
         kills = found.pop("killed")
+        tried("unpacking of a kept model killed", kill_unpacking(folder(), args.kills))
+        killed = disturb_build(folder() / "book", kill, 2)
+        with small_disk(folder()) as place:
+            full = disturb_build(place, fill)
+    for what, told in (("killed", killed), ("on a full disk", full)):
+        end, times = told.pop("at the end"), sum(map(len, told.values()))
+        said = sum("free some space" in text for texts in told.values() for text in texts)
+        words = f"said so ({said}); " * (what != "killed") + f"after the last start: {end}"
+        rows.append(
+            {"Tried": f"build {what} while {', '.join(told)}", "Times": times, "What came of it": words}
+        )
     ended = ", ".join(f"{outcome} ({count} runs)" for outcome, count in found.items())
     words = f"the next start went on; of runs that ended so: {ended}"
     rows.append({"Tried": "training or evaluation killed", "Times": kills, "What came of it": words})
