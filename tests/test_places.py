@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from packaging.requirements import Requirement
+from PIL import Image
 
 import data
 from companion import __main__, book, locks, provenance
@@ -226,7 +227,7 @@ def test_a_book_replaces_no_folder_of_something_else(tmp_path, capsys):
     "name", ["", "a{b}", "x$(shell touch p)", "$HOME", "`id`", "a;b", "a\nb", "-r", ".", "a" * 101]
 )
 def test_names_of_data_sets_that_others_would_misread(tmp_path, name):
-    with pytest.raises(ValueError, match="is no name for a data set"):
+    with pytest.raises(ValueError, match="name .* a data set"):
         book.build_book(str(tmp_path / "build"), dataset=name)
     assert not list(tmp_path.iterdir())
     data.check_name("photos (1)")
@@ -276,7 +277,7 @@ def test_no_text_is_in_the_encoding_of_the_locale():
 
 
 def test_the_explorer_is_written_in_any_locale(tmp_path):
-    (tmp_path / "originals.png").write_bytes(b"")
+    Image.new("RGB", (64, 64)).save(tmp_path / "originals.png")
     (tmp_path / "config.json").write_text('{"tasks": [], "labels": ["é"]}', encoding="utf-8")
     code = f"from companion.explorer.page import page; print(len(page({str(tmp_path)!r}, 'x')))"
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
