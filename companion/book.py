@@ -1,5 +1,6 @@
 """Runs Snakemake on the project's Snakefile, one build of a folder at a time."""
 
+import contextlib
 import json
 import os
 import re
@@ -42,12 +43,13 @@ def build_book(build: str, **choice) -> int:
     snakemake = [sys.executable, "-m", "snakemake", "--cores", "all", "--rerun-incomplete"]
     snakemake += ["--configfile", str(folder / "config.json")]
     environment = os.environ | {"BUILD_LOCK": str((folder / "lock").resolve())}
-    if not os.access(Path.home(), os.W_OK):  # kernels and Snakemake keep files there
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # kernels and Snakemake keep files there
         environment["HOME"] = str(folder / "home")
     state = ROOT / ".snakemake"
-    state.mkdir(exist_ok=True)
+    with contextlib.suppress(OSError):
+        state.mkdir(exist_ok=True)
     if not os.access(state, os.W_OK):
-        raise PermissionError(13, "not yours to write", str(state))
+        raise ValueError(f"{state} cannot be written: copy the project to a folder of yours, and build there")
     try:
         with locked(folder / "lock") as lock:
             write_json(folder / "config.json", settings)

@@ -13,6 +13,8 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +241,24 @@ def test_settings_of_a_running_build_stay(tmp_path, capsys):
         assert book.build_book(str(tmp_path), profile="cpu") == 2
     assert "another build" in capsys.readouterr().err
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == {"profile": "smoke"}
+
+
+def test_a_project_that_cannot_be_written(tmp_path, monkeypatch):
+    """Snakemake keeps its state there; what kernels keep in a home that cannot be written goes elsewhere."""
+    environments = []
+
+    def snakemake(*_, env, **__):
+        environments.append(env)
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(book, "subprocess", SimpleNamespace(run=snakemake, DEVNULL=None))
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    assert book.build_book(str(tmp_path / "build")) == 0
+    assert environments[-1]["HOME"] == str(tmp_path / "build" / "home")
+    monkeypatch.setattr(book, "ROOT", Path("/proc"))
+    with pytest.raises(ValueError, match="^/proc/.snakemake cannot be written: copy the project"):
+        book.build_book(str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
