@@ -406,7 +406,7 @@ def _digest(content) -> str:
 @functools.cache
 def training_code() -> str:
     """Hash of the code that trained weights depend on."""
-    method = "layers glow reversible operators prox precision solver muon training images".split()
+    method = "layers glow reversible operators prox precision products solver muon training images".split()
     return _code_hash([*(f"flowlib/{name}.py" for name in method), "companion/training.py"])
 
 

@@ -2,13 +2,19 @@
 error."""
 
 import copy
+<<<<<<< HEAD
 import os
+=======
+import json
+from pathlib import Path
+>>>>>>> a4b1a20a390f7def9133d5a1af92292ef7598a5c
 
 import torch
 
 from companion.experiment import Experiment
+from companion.paths import RESULTS
 from companion.settings import TASKS, Run
-from flowlib import Glow, GlowProx, ResNetProx, UNetProx, UnfoldedPGD, load_checkpoint
+from flowlib import Glow, GlowProx, ResNetProx, UNetProx, UnfoldedPGD, load_checkpoint, set_coupling
 from flowlib.images import dequantize, to_tensor
 from flowlib.solver import find_nonfinite_fold
 from flowlib.training import Training, fit, generator_for, mirrored
@@ -21,12 +27,27 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+<<<<<<< HEAD
 def join_ranks():
     """Where torchrun started this process: joins the others, each with a GPU of its own if there are any."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+=======
+def coupling_method() -> str:
+    """How coupling nets are computed here: on a card as benchmarks/card.py found best on such, else plain."""
+    if device().type == "cuda":
+        path = coupling_record()
+        return json.loads(path.read_text(encoding="utf-8"))["choice"] if path.exists() else "plain"
+    return "plain"
+
+
+def coupling_record() -> Path:
+    """The record of the benchmark on cards of this name."""
+    name = torch.cuda.get_device_name() if device().type == "cuda" else "cpu"
+    return RESULTS / "benchmarks" / f"coupling-{name.replace(' ', '-')}.json"
+>>>>>>> a4b1a20a390f7def9133d5a1af92292ef7598a5c
 
 
 def batches(images, size=50):
@@ -72,6 +93,8 @@ def _train_flow(experiment, run, directory):
         glow = Glow(**run.config).to(device())
         order = torch.randperm(len(train), generator=generator_for(seed, "initialize"))[:256].numpy()
         glow.initialize(prepare(train[order], "initialize"))
+
+    set_coupling(glow, coupling_method())
 
     def make_batch(indices, step):
         return (prepare(train[indices], "pretrain", step),)
@@ -142,6 +165,7 @@ def parameter_groups(solver: UnfoldedPGD, settings) -> list[dict]:
 
 def _train_solver(experiment, run, directory):
     solver = build_solver(experiment, run).to(device())
+    set_coupling(solver, coupling_method())
     return solver, fit_solver(experiment, run, solver, run.training, directory)
 
 

@@ -8,9 +8,10 @@ from flowlib.glowip import load_glowip
 from flowlib.metrics import psnr, ssim
 from flowlib.operators import Blur, Denoising, Inpainting, LinearOperator
 from flowlib.precision import set_compute_dtype
+from flowlib.products import set_coupling
 from flowlib.prox import GlowProx, Prox, ResNetProx, UNetProx
 from flowlib.solver import UnfoldedPGD
 
 __all__ = ["Blur", "Denoising", "Glow", "GlowProx", "Inpainting", "LinearOperator", "Prox", "ResNetProx"]
 __all__ += ["UNetProx", "UnfoldedPGD", "load_checkpoint", "load_glowip", "psnr", "save_checkpoint"]
-__all__ += ["set_compute_dtype", "set_memory", "ssim"]
+__all__ += ["set_compute_dtype", "set_coupling", "set_memory", "ssim"]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowlib.precision import bf16_pays
+from flowlib.products import METHODS
 
 LogDet = Tensor | None  # None where it is not asked for
 Mapped = tuple[Tensor, LogDet]
@@ -168,13 +169,13 @@ class CouplingNet(nn.Module):
     """NN of the affine coupling: convolutions 3x3, 1x1, 3x3 from in_channels over hidden_channels to
     out_channels; an ActNorm and a ReLU after the first two. The last is multiplied by exp(3 log_scale) and
     starts at zero: a fresh flow is linear. divisor (out_channels,): what the outputs are divided by.
-    `compute_dtype` (None: the weights') may be torch.bfloat16."""
+    `compute_dtype` (None: the weights') may be torch.bfloat16; `coupling_method`: see set_coupling."""
 
     def __init__(
         self, in_channels: int, hidden_channels: int, out_channels: int, divisor: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.compute_dtype = None
+        self.compute_dtype, self.coupling_method = None, "plain"
         self.register_buffer("divisor", divisor, persistent=False)
         self.conv1 = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
         self.actnorm1 = ActNorm(hidden_channels)
@@ -195,7 +196,10 @@ class CouplingNet(nn.Module):
 
     def forward(self, x: Tensor, convs: tuple | None = None) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H, W). convs: one of what fold_nets gives."""
-        *first, (weight, bias) = convs or fold_nets([self])[0]
+        convs = convs or fold_nets([self])[0]
+        if self.coupling_method != "plain" and not _transformed(x) and not _transformed(convs[0][0]):
+            return METHODS[self.coupling_method](x, *(tensor for conv in convs for tensor in conv))
+        *first, (weight, bias) = convs
         h = _channels_last(x, weight.dtype)
         fused = has_values(h) and not torch.is_grad_enabled()
         fused = fused and (h.dtype == torch.float32 or h.dtype == torch.bfloat16 and bf16_pays())
