@@ -2,12 +2,9 @@
 error."""
 
 import copy
-<<<<<<< HEAD
-import os
-=======
 import json
+import os
 from pathlib import Path
->>>>>>> a4b1a20a390f7def9133d5a1af92292ef7598a5c
 
 import torch
 
@@ -27,14 +24,14 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-<<<<<<< HEAD
 def join_ranks():
     """Where torchrun started this process: joins the others, each with a GPU of its own if there are any."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-=======
+
+
 def coupling_method() -> str:
     """How coupling nets are computed here: on a card as benchmarks/card.py found best on such, else plain."""
     if device().type == "cuda":
@@ -47,7 +44,6 @@ def coupling_record() -> Path:
     """The record of the benchmark on cards of this name."""
     name = torch.cuda.get_device_name() if device().type == "cuda" else "cpu"
     return RESULTS / "benchmarks" / f"coupling-{name.replace(' ', '-')}.json"
->>>>>>> a4b1a20a390f7def9133d5a1af92292ef7598a5c
 
 
 def batches(images, size=50):
