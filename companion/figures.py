@@ -16,7 +16,7 @@ from IPython.display import SVG, Markdown
 from matplotlib.ticker import MaxNLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from companion.records import merged, of_seeds
+from companion.records import of_seeds
 from companion.settings import EDITION_WORDS, METHODS, TASKS, in_few_words, in_words
 from companion.tables import (
     PAPER_TABLES,
@@ -616,6 +616,9 @@ def _rivals(name, edition, task):
     return [second for first, second in pairs if first == "glow" and (task, second) in printed]
 
 
+SPREADS = "their spread is a method's own where it has three seeds, else pooled over the task's methods"
+
+
 def in_short(name, edition, task, kept, others=()):
     """The claim of a page: by how much the paper's flow is above its rivals, by how much ours, with the
     verdicts of tables.claims, and what ± covers. others: see tables.together."""
@@ -624,25 +627,24 @@ def in_short(name, edition, task, kept, others=()):
         return ""
     paper = [_above(printed[task, "glow"] - printed[task, rival], rival) for rival in rivals]
     sentences = [f"Table {name} of the paper's {EDITION_WORDS[edition]} has GLOW {listed(paper)}."]
-    ours, solvers = {}, {}
+    ours, counts = {}, {}
     for rival in rivals:
         found = together(kept, others, name, edition, task, "glow", rival)
-        pair = compare(found, name, edition, task, "glow", rival)
+        pair = compare(found, name, edition, task, "glow", rival, others)
         if pair:
-            solvers |= {r["method"]: r for r in merged(found) if r["kind"] == "solver"}
-            where = in_words(solvers[rival]["experiment"])
+            where = in_words(next(r for r in found if r["kind"] == "solver")["experiment"])
+            for method, number, whose in zip(("glow", rival), pair.num_seeds, pair.spread):
+                counts[method] = f"{number} of {METHODS[method].short}" + f", {whose}" * bool(whose)
+            seeded = any(pair.spread)
             text = f"{_above(pair.difference, rival, pair.half_width)} (**{verdict(pair)}**)"
             ours.setdefault(where, []).append(text)
     if not ours:
         return f"**In short.** {sentences[0]} The two were not run, so there is no answer yet."
     for where, texts in ours.items():
         sentences.append(f"In the recorded runs, trained {where}, it is {listed(texts)}.")
-    counts = [f"{len(of_seeds(solvers[m]))} of {METHODS[m].short}" for m in ("glow", *rivals) if m in solvers]
-    spread = f" and over seeds ({listed(counts)}; their spread is taken as one for all methods of the task)"
-    several = any("seeds" in r for r in solvers.values())
-    sentences.append(
-        f"± is the 95 % interval over test images{spread if several else '; there is one seed of each'}."
-    )
+    spread = f" and over seeds ({'; '.join(counts.values())}; {SPREADS})"
+    alone = " alone; there is one seed of each"
+    sentences.append(f"± is the 95 % interval over test images{spread if seeded else alone}.")
     return f"**In short.** {' '.join(sentences)}"
 
 
@@ -651,8 +653,10 @@ def verdicts(name, edition, task, kept, others=()):
     rows = claims(name, edition, kept, others, task)
     rows = [{key: cell for key, cell in row.items() if key not in ("Task", "Page")} for row in rows]
     caption = "What the paper concludes from its table, and what the recorded runs say."
-    alone = any("¹" in row["Ours, dB"] for row in rows)
-    return html_table(rows, caption + " ¹ One seed of each: ± is over images alone." * alone)
+    alone, borrowed = (any(mark in row["Ours, dB"] for row in rows) for mark in "¹²")
+    caption += " ¹ One seed of each: ± is over images alone." * alone
+    caption += " ² One seed of each: their spread is that of v2's runs of this kind of task." * borrowed
+    return html_table(rows, caption)
 
 
 def on_this_page(name, edition, task, kept, here):

@@ -60,7 +60,7 @@ def decided(claim: Claim, task: str, records: list[dict], others: Sequence[dict]
     found = {rival: together(records, others, *where, rival) for rival in claim.rivals}
     if not all(found.values()):
         return "not run", None, None, "–"
-    pairs = {rival: compare(group, *where, rival) for rival, group in found.items()}
+    pairs = {rival: compare(group, *where, rival, others) for rival, group in found.items()}
     verdicts = {rival: verdict(pair) for rival, pair in pairs.items()}
     order = ("the opposite", "no claim", "not distinguishable", "same sign", "size replicated")
     # One rival ahead is enough.
@@ -95,7 +95,8 @@ LEGEND = (
     "paper prints; a profile where that alone has the number. ✓ same sign, ✓✓ size replicated: the paper's "
     "difference lies in our interval, ✗ the opposite, ≈ not distinguishable, ? no claim, as not trained well "
     "enough. ± is the 95 % interval over test images and seeds; "
-    "¹ over images alone, as there is one seed each. Each number leads to its page, where the records are."
+    "¹ over images alone, as there is one seed each; ² with the spread of seeds of v2. Each number leads to "
+    "its page, where the records are."
 )
 
 
@@ -151,10 +152,11 @@ def how_sure(records: list[dict]) -> str:
     most = max(len(of_seeds(r)) for r in solvers)
     seeds = f"the flow was trained with {flows} seed{'s' * (flows != 1)}"
     seeds += f", its rivals with up to {most}" if most > flows else ", like its rivals"
-    alone = sum("¹" in row["Ours, dB"] for row in claims)
-    single = (
-        f" Of these orders {alone} come from one seed each: their ± is over images alone." if alone else ""
-    )
+    single = sum(row["Seeds"] == "1 and 1" for row in claims)
+    borrowed, alone = (sum(mark in row["Ours, dB"] for row in claims) for mark in "²¹")
+    told = [f"{borrowed} have the spread of seeds of v2's runs of the same task"] * bool(borrowed)
+    told += [f"the ± of {alone} is over images alone"] * bool(alone)
+    single = f" Of these orders {'; '.join([f'{single} come from one seed each', *told])}." * bool(single)
     twice = sum("all but repeats" in row["Task"] for row in claims)
     repeated = f" ({twice} of them all but repeat others, see there)" if twice else ""
     return (

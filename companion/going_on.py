@@ -3,12 +3,18 @@ comes out otherwise then."""
 
 import json
 
-import numpy as np
-
 from companion.paths import RESULTS
-from companion.records import comparison, mean_and_interval
+from companion.records import comparison
 from companion.settings import METHODS
-from companion.tables import Comparison, Link, paper_table, plus_minus, spread_of_seeds, verdict
+from companion.tables import (
+    Comparison,
+    Link,
+    over_images_and_seeds,
+    paper_table,
+    plus_minus,
+    spread_of_seeds,
+    verdict,
+)
 
 FOLDER = "benchmarks/going_on"
 
@@ -29,17 +35,17 @@ def gone_on(task: str, records: list[dict]) -> dict[str, dict]:
 
 
 def lead(task: str, records: list[dict]) -> dict[str, Comparison]:
-    """{rival: how far the flow is above it}, over images and, as in tables.compare, over seeds, of which each
-    has one here."""
+    """{rival: how far the flow is above it}, over images and, with the spread of the recorded solvers, over
+    seeds, of which each has one here."""
     values = {method: r["psnr"]["values"] for method, r in gone_on(task, records).items()}
     flow, paper = values.pop("glow", None), paper_table("I", "v2")
     solvers = [r for r in comparison(records, "v2") if r["kind"] == "solver" and r["task"] == task]
-    spread = spread_of_seeds(solvers, None, (1, 1))
     found = {}
     for method, of_rival in values.items() if flow else ():
-        mean, width = mean_and_interval(np.subtract(flow, of_rival))
+        terms, spread = spread_of_seeds(solvers, None, {"glow": 1, method: 1})
         printed = paper[task, "glow"] - paper[task, method]
-        found[method] = Comparison(mean, float(np.hypot(width, spread)), printed, (1, 1), "", not spread)
+        interval = over_images_and_seeds(flow, of_rival, terms)
+        found[method] = Comparison(*interval, printed, (1, 1), "", spread)
     return found
 
 

@@ -13,7 +13,7 @@ import scipy.stats
 
 from companion.files import write_csv, write_json, write_text
 from companion.paths import RESULTS
-from companion.records import comparison, mean_and_interval, merged, of_seeds, recorded
+from companion.records import comparison, merged, of_seeds, recorded
 from companion.runs import records_of_build
 from companion.settings import METHODS, TASKS, in_words
 from flowlib import Blur
@@ -293,55 +293,85 @@ def provenance_rows(here: list[dict], kept: list[dict]) -> list[dict]:
 class Comparison(NamedTuple):
     """Two methods of one task: mean of the paired differences in dB over images, half the width of its 95 %
     interval, the paper's difference (None where it has none), the number of seeds of each, why no claim is
-    made ("" otherwise), and whether the interval is about images alone, as nobody has several seeds."""
+    made ("" otherwise), and whose spread of seeds the interval has for each: "own", "pooled" over the methods
+    of the task, either of them "of v2 cpu" and the like, or "" where it is about images alone."""
 
     difference: float
     half_width: float
     paper: float | None
     num_seeds: tuple[int, int]
     reason: str
-    images_alone: bool
+    spread: tuple[str, str]
 
     @property
     def text(self) -> str:
-        """ "+0.56 ± 0.34", with a ¹ where the interval is about images alone."""
-        return f"{signed(self.difference)} ± {self.half_width:.2f}" + "¹" * self.images_alone
+        """ "+0.56 ± 0.34", with a ¹ where the interval is about images alone, a ² where the spread of
+        seeds is that of other runs."""
+        mark = "²" if " of " in self.spread[0] else "" if any(self.spread) else "¹"
+        return f"{signed(self.difference)} ± {self.half_width:.2f}{mark}"
 
 
 def compare(
-    records: list[dict], name: str, edition: str, task: str, first: str = "glow", second: str = "unet"
+    records: list[dict],
+    name: str,
+    edition: str,
+    task: str,
+    first: str = "glow",
+    second: str = "unet",
+    others: Sequence[dict] = (),
 ):
     """How far method `first` is above `second` in one of the paper's tables, or None where one of the runs
-    is missing. Of a method with several seeds an image's PSNR is its mean over them. Where any method of the
-    task has several, the spread of seeds, taken as one for all methods of the task, widens the interval."""
+    is missing. Of a method with several seeds an image's PSNR is its mean over them, and their spread widens
+    the interval; others: whose spread to take, of v2's runs of the same kind of task, where no method of the
+    task has several."""
     paper, evaluation = paper_table(name, edition), PAPER_TABLES[name, edition].evaluation
     ours = outcomes(records, evaluation)
     pair = [ours.get((task, method)) for method in (first, second)]
     values = [part(r, evaluation)["psnr"]["values"] for r in pair if r and r["kind"] == "solver"]
     if len(values) < 2 or None in values[0] + values[1]:
         return None
-    difference, of_images = mean_and_interval(np.subtract(*values))
     num_seeds = tuple(len(of_seeds(r)) for r in pair)
-    solvers = [r for (of, _), r in ours.items() if of == task and r["kind"] == "solver"]
-    spread = spread_of_seeds(solvers, evaluation, num_seeds)
+    counts = {first: num_seeds[0], second: num_seeds[1]}
+    terms, spread = spread_of_seeds([r for (of, _), r in ours.items() if of == task], evaluation, counts)
+    if not terms:
+        kind = [r for r in others if r["task"] and TASKS[r["task"]].kind == TASKS[task].kind]
+        terms, spread = spread_of_seeds(comparison(kind, "v2"), evaluation, counts, " of v2")
     printed = {(task, first), (task, second)} <= set(paper)
     in_paper = paper[task, first] - paper[task, second] if printed else None
     told = ((METHODS[m].short, too_little_training(r, records)) for m, r in zip((first, second), pair))
     reason = next((f"{method} {why}" for method, why in told if why), "")
-    half_width = float(np.hypot(of_images, spread))
-    return Comparison(difference, half_width, in_paper, num_seeds, reason, images_alone=not spread)
+    return Comparison(*over_images_and_seeds(*values, terms), in_paper, num_seeds, reason, spread)
 
 
-def spread_of_seeds(solvers, evaluation, num_seeds):
-    """Half the 95 % interval, from seeds alone, of a difference of methods with so many seeds: Student's for
-    two samples, the variance pooled over the solvers of a task. 0 where none has several."""
-    found = [[part(r, evaluation) for r in of_seeds(record) if r["kind"] == "solver"] for record in solvers]
-    groups = [[p["psnr"]["mean"] for p in parts if p and p["psnr"]["mean"] is not None] for parts in found]
-    freedom = sum(len(group) - 1 for group in groups if group)
+def over_images_and_seeds(first, second, terms) -> tuple[float, float]:
+    """Mean of the paired differences and half its 95 % interval: that of Welch and Satterthwaite, for the
+    variance over images and those of terms, see spread_of_seeds."""
+    away = np.subtract(first, second)
+    terms = [(away.var(ddof=1) / len(away), len(away) - 1), *terms]
+    variance = sum(value for value, _ in terms)
+    freedom = variance**2 / sum(value**2 / of for value, of in terms) if variance else 1
+    return float(away.mean()), float(scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance))
+
+
+def spread_of_seeds(solvers, evaluation, counts, where=""):
+    """The variances over seeds, each with its degrees of freedom, of a difference of two methods, counts:
+    {method: number of seeds}, and whose they are (see Comparison): a method's own where three seeds or more
+    tell it, else one that is pooled over the solvers of a task. None where no solver has several."""
+    groups, profile = {}, profile_of(solvers)
+    for record in solvers:
+        parts = [part(r, evaluation) for r in of_seeds(record) if r["kind"] == "solver"]
+        means = [p["psnr"]["mean"] for p in parts if p and p["psnr"]["mean"] is not None]
+        groups |= {record["method"]: means} if means else {}
+    freedom = sum(len(group) - 1 for group in groups.values())
     if not freedom:
-        return 0.0
-    variance = sum(np.var(group) * len(group) for group in groups if group) / freedom
-    return scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance * sum(1 / n for n in num_seeds))
+        return [], ("", "")
+    pooled = sum(np.var(group) * len(group) for group in groups.values()) / freedom
+    own = {method: groups[method] for method in counts if len(groups.get(method, ())) >= 3}
+    terms = [(np.var(group, ddof=1) / counts[method], len(group) - 1) for method, group in own.items()]
+    rest = sum(1 / number for method, number in counts.items() if method not in own)
+    terms += [(pooled * rest, freedom)] if rest else []
+    where = f"{where} {profile}" if where else ""
+    return terms, tuple(("own" if method in own else "pooled") + where for method in counts)
 
 
 def beside_classical(task, edition, records, of_build=False):
@@ -442,7 +472,7 @@ def claims(
         for first, second in about.pairs:
             if {(task, first), (task, second)} <= set(paper):
                 found = together(records, others, name, edition, task, first, second)
-                pair = compare(found, name, edition, task, first, second)
+                pair = compare(found, name, edition, task, first, second, others)
                 told = all_told(found, first, second) if about.evaluation == "ood_measurements" else None
                 rows.append(
                     {
@@ -454,6 +484,7 @@ def claims(
                         "Verdict": verdict(pair) if pair else "not run",
                         "Profile": profile_of(found),
                         "Seeds": " and ".join(map(str, pair.num_seeds)) if pair else "–",
+                        "Spread": (" and ".join(filter(None, pair.spread)) if pair else "") or "–",
                         "Page": Link("page", page_of(name, edition, task)),
                     }
                 )
@@ -609,7 +640,8 @@ def overview(edition: str, records: list[dict], others: Sequence[dict] = ()) -> 
             cells = {}
             for task in tasks:
                 found = together(records, others, name, edition, task, first, second)
-                pair, profile = compare(found, name, edition, task, first, second), profile_of(found)
+                pair = compare(found, name, edition, task, first, second, others)
+                profile = profile_of(found)
                 cells[TASKS[task].label] = "–"
                 if pair and pair.paper is not None:
                     mark = MARKS.get(verdict(pair), "?")

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import data
-from companion import book, figures, locks, paths, records, runs, settings, tables, training
+from companion import book, figures, front, locks, paths, records, runs, settings, tables, training
 from companion.__main__ import main
 from companion.experiment import Experiment
 from companion.training import model_path
@@ -410,7 +411,7 @@ def test_verdicts():
         return tables.verdict(tables.compare(pair, "I", "v2", "denoising"))
 
     assert verdict(28, 25) == "same sign"  # the paper: +0.06
-    pair = tables.Comparison(0.1, 0.05, 0.06, (1, 1), "", True)  # the paper's difference within ±, or not
+    pair = tables.Comparison(0.1, 0.05, 0.06, (1, 1), "", ("", ""))  # the paper's difference within ±, or not
     assert tables.verdict(pair) == "size replicated"
     assert tables.verdict(pair._replace(half_width=0.03)) == "same sign"
     assert tables.verdict(pair._replace(difference=-0.1)) == "the opposite"
@@ -432,6 +433,45 @@ def test_seeds_widen_the_interval():
     # The spread of one method tells of another of the same task.
     beside = tables.compare(two, "I", "v2", "denoising", "glow", "resnet")
     assert beside.half_width == pytest.approx(12.706 * np.sqrt(0.5**2 / 2 * 2), rel=1e-2)
+    assert single.spread == ("", "") and single.text.endswith("¹")
+    assert beside.spread == ("pooled", "pooled") and not beside.text.endswith("¹")
+    assert "over test images alone" in figures.in_short("I", "v2", "denoising", one)
+    short = figures.in_short("I", "v2", "denoising", two)
+    assert "over seeds (1 of GLOW, pooled; 2 of U-Net, pooled; 1 of ResNet, pooled; their spread is" in short
+
+
+def test_three_seeds_have_a_spread_of_their_own():
+    found = [solver_record("glow", 28), solver_record("resnet", 27)]
+    found += [solver_record("unet", 27 + shift, seed=k) for k, shift in enumerate((-0.1, 0.0, 0.1))]
+    found.append(solver_record("resnet", 29, seed=1))
+    pair = tables.compare(found, "I", "v2", "denoising")
+    assert pair.spread == ("pooled", "own")
+    pooled, own = (2 + 2 * 0.01) / 3, 0.01 / 3  # variances of 3 and 2 degrees of freedom
+    freedom = (pooled + own) ** 2 / (pooled**2 / 3 + own**2 / 2)
+    expected = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(pooled + own)
+    assert pair.half_width == pytest.approx(expected, rel=1e-3)
+
+
+def test_v1_takes_the_spread_of_v2():
+    """Of the same kind of task, and says so; it has one seed of each."""
+    two = [solver_record("glow", 28)] + [solver_record("unet", 27 + k, seed=k) for k in (0, 1)]
+    one = [solver_record(m, value, task="denoising-0.1") for m, value in (("glow", 30), ("unet", 29))]
+    for record in one:
+        record["experiment"] |= {"edition": "v1"}
+    rows = [r for r in tables.claims("I", "v1", one, two) if r["Verdict"] != "not run"]
+    assert [(r["Seeds"], r["Spread"]) for r in rows] == [("1 and 1", "pooled of v2 cpu and pooled of v2 cpu")]
+    assert rows[0]["Verdict"] == "not distinguishable" and rows[0]["Ours, dB"].endswith("²")
+    assert "² One seed of each" in figures.verdicts("I", "v1", "denoising-0.1", one, two)
+    (row,) = [r for r in tables.claims("I", "v1", one) if r["Verdict"] != "not run"]
+    assert row["Verdict"] == "same sign" and row["Ours, dB"].endswith("¹") and row["Spread"] == "–"
+
+
+def test_recorded_orders_of_one_seed_each_are_counted():
+    found = records.recorded()
+    rows = [r for e in ("v2", "v1") for r in tables.every_claim(e, records.comparison(found, e), found)]
+    assert not any("¹" in r["Ours, dB"] for r in rows)  # v2 has a spread for every task
+    single = sum(r["Seeds"] == "1 and 1" for r in rows)
+    assert f"Of these orders {single} come from one seed each" in front.how_sure(found)
 
 
 def test_seeds_are_merged():
