@@ -362,18 +362,20 @@ class Run:
     blind_sigma: float | None = None
 
     def as_dict(self) -> dict:
-        """What a record keeps; the run that this one starts from stands as its hash."""
+        """What a record keeps; the run that this one starts from stands as its hash. A setting that is not in
+        FIRST_SETTINGS is there where it differs from its default, so that a new one changes no recorded run."""
         content = asdict(replace(self, start=None)) | {"start": self.start and self.start.settings_hash}
+        content = _without_new_defaults(content, type(self), FIRST_SETTINGS)
+        of_training = content["training"], type(self.training)
+        content["training"] = _without_new_defaults(*of_training, FIRST_TRAINING_SETTINGS)
         return json.loads(json.dumps(content))
 
     @functools.cached_property
     def settings_hash(self) -> str:
-        """Ten hexadecimal digits of the settings. How often a run saves itself changes no number; a setting
-        that is not in FIRST_SETTINGS counts where it differs from its default, so that a new one leaves the
-        hashes of recorded runs as they are."""
-        content = _without_new_defaults(self.as_dict(), type(self), FIRST_SETTINGS)
-        of_training = content["training"], type(self.training)
-        return _digest(content | {"training": _without_new_defaults(*of_training, FIRST_TRAINING_SETTINGS)})
+        """Ten hexadecimal digits of the settings. How often a run saves itself changes no number."""
+        content = self.as_dict()
+        del content["training"]["checkpoint_minutes"]
+        return _digest(content)
 
     @property
     def folder_name(self) -> str:
@@ -389,13 +391,12 @@ FIRST_SETTINGS = (
 ).split()
 FIRST_TRAINING_SETTINGS = (
     "num_steps batch_size lr scalar_lr warmup_steps cosine clip_norm weight_decay shrinkage validate_every "
-    "val_images mirror patience max_restarts bf16"
+    "val_images mirror patience max_restarts bf16 checkpoint_minutes"
 ).split()
 
 
 def _without_new_defaults(content: dict, of: type, first: list[str]) -> dict:
     new = {f.name: f.default for f in fields(of) if f.name not in first}
-    new["checkpoint_minutes"] = content.get("checkpoint_minutes")
     return {name: value for name, value in content.items() if name not in new or value != new[name]}
 
 
