@@ -362,8 +362,8 @@ class Run:
     blind_sigma: float | None = None
 
     def as_dict(self) -> dict:
-        """What a record keeps; the run that this one starts from stands as its hash. A setting that is not in
-        FIRST_SETTINGS is there where it differs from its default, so that a new one changes no recorded run."""
+        """What a record keeps; the run that this one starts from stands as its hash. Settings that are not in
+        FIRST_SETTINGS are there where they differ from their defaults: a new one changes no recorded run."""
         content = asdict(replace(self, start=None)) | {"start": self.start and self.start.settings_hash}
         content = _without_new_defaults(content, type(self), FIRST_SETTINGS)
         of_training = content["training"], type(self.training)
