@@ -627,7 +627,7 @@ def in_short(name, edition, task, kept, others=()):
         return ""
     paper = [_above(printed[task, "glow"] - printed[task, rival], rival) for rival in rivals]
     sentences = [f"Table {name} of the paper's {EDITION_WORDS[edition]} has GLOW {listed(paper)}."]
-    ours, counts = {}, {}
+    ours, counts, seeded = {}, {}, False
     for rival in rivals:
         found = together(kept, others, name, edition, task, "glow", rival)
         pair = compare(found, name, edition, task, "glow", rival, others)
@@ -635,7 +635,7 @@ def in_short(name, edition, task, kept, others=()):
             where = in_words(next(r for r in found if r["kind"] == "solver")["experiment"])
             for method, number, whose in zip(("glow", rival), pair.num_seeds, pair.spread):
                 counts[method] = f"{number} of {METHODS[method].short}" + f", {whose}" * bool(whose)
-            seeded = any(pair.spread)
+            seeded |= any(pair.spread)
             text = f"{_above(pair.difference, rival, pair.half_width)} (**{verdict(pair)}**)"
             ours.setdefault(where, []).append(text)
     if not ours:

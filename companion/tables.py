@@ -30,8 +30,9 @@ class PaperTable(NamedTuple):
 
 _PROXES = (("glow", "unet"), ("glow", "resnet"))
 _DENOISERS = (("unet-denoiser", "unet"), ("resnet-denoiser", "resnet"))
+_OVER_DENOISERS = (("glow", "unet-denoiser"), ("glow", "resnet-denoiser"))
 PAPER_TABLES = {
-    ("I", "v2"): PaperTable("Three proximal mappings", None, (*_PROXES, *_DENOISERS)),
+    ("I", "v2"): PaperTable("Three proximal mappings", None, (*_PROXES, *_DENOISERS, *_OVER_DENOISERS)),
     ("II", "v2"): PaperTable("The adapted prior against plug-and-play", None, (("glow", "glow-frozen"),)),
     ("III", "v2"): PaperTable("Measurements out of distribution", "ood_measurements", _PROXES),
     ("IV", "v2"): PaperTable("Images out of distribution", "ood_images", _PROXES),
