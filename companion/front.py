@@ -22,6 +22,7 @@ from companion.tables import (
     paper_table,
     profile_of,
     signed,
+    survivors,
     together,
     verdict,
 )
@@ -165,7 +166,7 @@ def with_more_training(records: list[dict]) -> list[str]:
 
 def how_sure(records: list[dict]) -> str:
     """How all orders of two methods came out, and with how many seeds."""
-    claims = [row for e in ("v2", "v1") for row in every_claim(e, comparison(records, e), others=records)]
+    claims = every_claim(records)
     above, pre_trained, others = for_the_flow(claims)
     over = f"Of the {len(pre_trained)} in which it is above one pre-trained as a denoiser: "
     over += f"{counted(pre_trained)}. "
@@ -185,7 +186,7 @@ def how_sure(records: list[dict]) -> str:
     return (
         f"**How sure.** The paper's tables, both editions, have {len(claims)} orders of two methods"
         f"{repeated}. Of the {len(above)} in which the flow is above a U-Net or ResNet: {counted(above)}. "
-        f"{over}Of the other {len(others)}: {counted(others)}. "
+        f"{over}Of the other {len(others)}: {counted(others)}. {survivors(claims)} "
         f"They are at the profiles {profiles}; {seeds}.{single}"
     )
 

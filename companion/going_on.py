@@ -44,8 +44,8 @@ def lead(task: str, records: list[dict]) -> dict[str, Comparison]:
     for method, of_rival in values.items() if flow else ():
         terms, spread = spread_of_seeds(solvers, None, {"glow": 1, method: 1})
         printed = paper[task, "glow"] - paper[task, method]
-        interval = over_images_and_seeds(flow, of_rival, terms)
-        found[method] = Comparison(*interval, printed, (1, 1), "", spread)
+        difference, half_width, p = over_images_and_seeds(flow, of_rival, terms)
+        found[method] = Comparison(difference, half_width, printed, (1, 1), "", spread, p)
     return found
 
 

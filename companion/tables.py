@@ -295,7 +295,8 @@ class Comparison(NamedTuple):
     """Two methods of one task: mean of the paired differences in dB over images, half the width of its 95 %
     interval, the paper's difference (None where it has none), the number of seeds of each, why no claim is
     made ("" otherwise), and whose spread of seeds the interval has for each: "own", "pooled" over the methods
-    of the task, either of them "of v2 cpu" and the like, or "" where it is about images alone."""
+    of the task, either of them "of v2 cpu" and the like, or "" where it is about images alone; and
+    the p-value of no difference."""
 
     difference: float
     half_width: float
@@ -303,6 +304,7 @@ class Comparison(NamedTuple):
     num_seeds: tuple[int, int]
     reason: str
     spread: tuple[str, str]
+    p: float
 
     @property
     def text(self) -> str:
@@ -341,17 +343,30 @@ def compare(
     in_paper = paper[task, first] - paper[task, second] if printed else None
     told = ((METHODS[m].short, too_little_training(r, records)) for m, r in zip((first, second), pair))
     reason = next((f"{method} {why}" for method, why in told if why), "")
-    return Comparison(*over_images_and_seeds(*values, terms), in_paper, num_seeds, reason, spread)
+    difference, half_width, p = over_images_and_seeds(*values, terms)
+    return Comparison(difference, half_width, in_paper, num_seeds, reason, spread, p)
 
 
-def over_images_and_seeds(first, second, terms) -> tuple[float, float]:
-    """Mean of the paired differences and half its 95 % interval: that of Welch and Satterthwaite, for the
-    variance over images and those of terms, see spread_of_seeds."""
+def over_images_and_seeds(first, second, terms) -> tuple[float, float, float]:
+    """Mean of the paired differences, half its 95 % interval and its p-value: those of Welch and
+    Satterthwaite, for the variance over images and those of terms, see spread_of_seeds."""
     away = np.subtract(first, second)
     terms = [(away.var(ddof=1) / len(away), len(away) - 1), *terms]
     variance = sum(value for value, _ in terms)
     freedom = variance**2 / sum(value**2 / of for value, of in terms) if variance else 1
-    return float(away.mean()), float(scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance))
+    mean, error, student = float(away.mean()), float(np.sqrt(variance)), scipy.stats.t(freedom)
+    p = 2 * student.sf(abs(mean) / error) if error else float(mean == 0)
+    return mean, float(student.ppf(0.975)) * error, float(p)
+
+
+def holm(values: Sequence[float]) -> np.ndarray:
+    """p-values corrected by Holm's method: below 0.05 all differ with 95 % confidence, however they depend on
+    one another."""
+    order = np.argsort(values)
+    scaled = np.asarray(values)[order] * np.arange(len(values), 0, -1)
+    corrected = np.empty(len(values))
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return corrected
 
 
 def spread_of_seeds(solvers, evaluation, counts, where=""):
@@ -483,6 +498,7 @@ def claims(
                         "Ours, dB": (pair.text if pair else "–")
                         + (f" (all folds told: {signed(told)})" if told is not None else ""),
                         "Verdict": verdict(pair) if pair else "not run",
+                        "p": f"{pair.p:.3g}" if pair else "–",
                         "Profile": profile_of(found),
                         "Seeds": " and ".join(map(str, pair.num_seeds)) if pair else "–",
                         "Spread": (" and ".join(filter(None, pair.spread)) if pair else "") or "–",
@@ -528,11 +544,31 @@ def _task_cell(task, evaluation):
     return f"{TASKS[task].kind}, {setting(task, evaluation)}" + f" ({remark})" * bool(remark)
 
 
-def every_claim(edition: str, records: list[dict], others: Sequence[dict] = ()) -> list[dict]:
-    """Rows: the claims of all tables of an edition; others: see claims."""
-    names = [name for name, of in PAPER_TABLES if of == edition]
-    rows = [(name, row) for name in names for row in claims(name, edition, records, others)]
-    return [{"Table": f"{edition} {name}"} | row for name, row in rows]
+def every_claim(records: list[dict]) -> list[dict]:
+    """Rows: the claims of all tables of both editions, with p-values corrected for the number of those that
+    are tested, which those with no claim are not."""
+    compared = {edition: comparison(records, edition) for _, edition in PAPER_TABLES}
+    rows = []
+    for name, edition in PAPER_TABLES:
+        found = claims(name, edition, compared[edition], records)
+        rows += [{"Table": f"{edition} {name}"} | row for row in found]
+    tested = [row for row in rows if row["Verdict"].split(":")[0] not in ("no claim", "not run")]
+    for row in rows:
+        row["p, Holm"] = "–"
+    for row, p in zip(tested, holm([float(row["p"]) for row in tested])):
+        row["p, Holm"] = f"{p:.3f}"
+    return rows
+
+
+def survivors(rows: list[dict]) -> str:
+    """A sentence: how many of the signs of every_claim stand after Holm's correction."""
+    p = [(float(row["p"]), float(row["p, Holm"])) for row in rows if row["p, Holm"] != "–"]
+    before, after = (sum(value[k] < 0.05 for value in p) for k in (0, 1))
+    return (
+        f"Of {len(p)} orders tested, {before} signs are told at 5 % each; {after} of them stand after Holm's "
+        f"correction, which keeps the chance of even one wrong sign among all {len(p)} below 5 %, however "
+        "the tests depend on one another."
+    )
 
 
 class Link(NamedTuple):

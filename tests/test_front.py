@@ -27,7 +27,7 @@ def test_the_bottom_line_follows_the_records():
     first, last = front.bottom_line(found)  # one size alone
     assert "restores best in inpainting, but not in deblurring (the ResNet is ahead).**" in first
     assert first.endswith("Undecided: denoising.")  # below its own measurement
-    claims = [row for e in ("v2", "v1") for row in tables.every_claim(e, records.comparison(found, e))]
+    claims = tables.every_claim(found)
     assert f"have {len(claims)} orders" in last and "1 seed, like its rivals" in last
     # The paper has the flow above a U-Net or ResNet in 31 of them, above a pre-trained one in 4.
     above, pre_trained, others = front.for_the_flow(claims)
