@@ -671,15 +671,17 @@ def on_this_page(name, edition, task, kept, here):
     if solved and all((r["settings_hash"], r["data"]["pixels_sha256"]) in known for r in solved):
         return Markdown("The runs of this page are the recorded ones.")
     pairs = {m: compare(here, name, edition, task, "glow", m) for m in _rivals(name, edition, task)}
-    told = [_above(pair.difference, m, pair.half_width) for m, pair in pairs.items() if pair]
-    if not told:
+    pairs = {m: pair for m, pair in pairs.items() if pair}
+    if not pairs:
         return None
+    told = [_above(pair.difference, m, pair.half_width) for m, pair in pairs.items() if not pair.reason]
+    doubts = list(dict.fromkeys(pair.reason for pair in pairs.values() if pair.reason))
+    found = f"GLOW is {listed(told)}" if told else "no comparison is made"
+    found += f"; not compared: {'; '.join(doubts)}" if doubts else ""
     names = solved[0]["experiment"]
     drawn = " Drawn faces test the code and decide nothing about the paper."
     drawn *= names["dataset"].startswith("synthetic")
-    return Markdown(
-        f"In the runs of this page, trained {in_few_words(names)}, GLOW is {listed(told)}.{drawn}"
-    )
+    return Markdown(f"In the runs of this page, trained {in_few_words(names)}, {found}.{drawn}")
 
 
 def by_heart(records):

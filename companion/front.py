@@ -24,6 +24,7 @@ from companion.tables import (
     signed,
     survivors,
     together,
+    too_little_training,
     verdict,
 )
 from data.portraits import BOXES
@@ -34,6 +35,8 @@ RIVALS = ("unet", "resnet")
 PRE_TRAINED = ("unet-denoiser", "resnet-denoiser")
 SIZES = "† the numbers of parameters are those that its first edition gives; the final one gives none."
 STAR = "\\* our flow that was pre-trained on noisy images; that of clean images was not run at this size."
+
+DOUBT = "? no claim is made of this training: {doc}`the remark in the tables <../notebooks/tables>` says why."
 
 
 class Claim(NamedTuple):
@@ -268,6 +271,7 @@ def told_profiles(records: list[dict]) -> list[str]:
 def budgets(records: list[dict]) -> list[str]:
     """Lines of a Markdown table: the paper's budget and ours, for each profile whose runs are compared."""
     of_v2, shown = _shown(records)
+    classical = [r for r in records if r["kind"] == "classical" and r["experiment"]["edition"] == "v2"]
     # What the paper prints; it stops "based on the validation loss", after a number of steps that it does not
     # give.
     columns = [["the paper†", "25.78 M", "31.04 M", "0.16 M", "23,000", "not said", "not said", "not said"]]
@@ -294,7 +298,7 @@ def budgets(records: list[dict]) -> list[str]:
                 f"{flow['training']['images_seen']:,}",
                 f"{min(seen):,} to {max(seen):,}, in {min(took):.0f} to {max(took):.0f} minutes",
                 listed(machines),
-                *(_results(here, task) for task in MAIN_TASKS),
+                *(_results(here + classical, task) for task in MAIN_TASKS),
             ]
         )
     heads = ["edition v2", "flow, parameters", "U-Net", "ResNet", "training images", "flow saw"]
@@ -306,12 +310,15 @@ def budgets(records: list[dict]) -> list[str]:
 
 def _results(here, task):
     """Of the flow and its rivals; a star marks our flow of noisy images, where that of clean ones was not
-    run."""
-    found = {r["method"]: r["psnr"]["mean"] for r in here if r["task"] == task}
+    run, a question mark what no claim is made of."""
+    solvers = [r for r in here if r["task"] == task and r["kind"] == "solver"]
+    found = {
+        r["method"]: f"{r['psnr']['mean']:.2f}" + "?" * bool(too_little_training(r, here)) for r in solvers
+    }
     flow = "glow" if "glow" in found or "glow-noisy" not in found else "glow-noisy"
     if not set(RIVALS) & set(found):
         return "–"
-    values = [f"{found[m]:.2f}" + "*" * (m == "glow-noisy") if m in found else "–" for m in (flow, *RIVALS)]
+    values = [found[m] + "*" * (m == "glow-noisy") if m in found else "–" for m in (flow, *RIVALS)]
     return " / ".join(values) + " dB"
 
 
@@ -353,5 +360,7 @@ def write_front(tables):
             lines += ["", paragraph]
         rows = budgets(records)
         lines += ["", "## The budgets", "", *told_profiles(records), "", *map(with_links, rows)]
-        lines += ["", SIZES] + ["", STAR] * any("*" in row for row in rows)
+        lines += ["", SIZES]
+        for mark, text in (("*", STAR), ("?", DOUBT)):
+            lines += ["", text] * any(mark in row for row in rows)
     write_text(tables / "front.md", "\n".join(lines) + "\n")

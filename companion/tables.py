@@ -89,6 +89,15 @@ def plus_minus(value: dict, digits: int = 2) -> str:
     return f"{value['mean']:.{digits}f}\u00a0±\u00a0{value['half_width']:.{digits}f}{lost}"
 
 
+def with_seeds(record: dict, evaluation: str | None = None) -> str:
+    """plus_minus, which is over images, of an evaluation, with the range of the seeds where there are
+    several."""
+    whole, *found = [r[evaluation] if evaluation else r for r in (record, *of_seeds(record))]
+    means = [p["psnr"]["mean"] for p in found]
+    told = f" (seeds {min(means):.2f} to {max(means):.2f})" if len(means) > 1 else ""
+    return plus_minus(whole["psnr"]) + told
+
+
 def minutes(record: dict, row: dict | None = None) -> float:
     """Of a training, or until a row of its history: of the processor, which others on the machine do not
     lengthen, where they were counted; on a GPU by the clock."""
@@ -426,7 +435,7 @@ def costs(task, records):
     return [
         {
             "Method": METHODS[r["method"]].label,
-            "Ours, dB": plus_minus(r["psnr"]),
+            "Ours, dB": with_seeds(r),
             "Parameters a fold": f"{r['num_parameters']:,}",
             "GFLOP an image": f"{r['gflop_per_image']:.2f}" if "gflop_per_image" in r else "–",
             "ms an image": f"{r['milliseconds_per_image']:.1f}",

@@ -131,7 +131,7 @@ class Inpainting(LinearOperator):
 class Blur(LinearOperator):
     """Convolution with a truncated, normalised Gaussian of standard deviation sigma_b pixels.
 
-    kernel_size: odd number of taps a side; the paper gives none, and 3 fits its numbers (notebook "blur").
+    kernel_size: odd number of taps a side; the paper gives none; 3 is our choice (notebook "blur").
     boundary: what lies outside: "circular" (the image repeats), "zero", or "reflect" (mirrored about the
     centre of the edge pixel). sigma: of the noise. The Gaussian is separable: A x = B_H x B_Wᵀ with a small
     band matrix B for each axis, and the adjoint is exact. Raises ValueError for an even kernel, a sigma_b

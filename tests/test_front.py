@@ -200,3 +200,15 @@ def test_hero_shows_three_tasks():
         "blur, restored",
         "original",
     ]
+
+
+def test_told_of_the_new_blur_no_small_kernel_is_excluded():
+    found = json.loads((paths.RESULTS / "benchmarks/blur.json").read_text(encoding="utf-8"))["rows"]
+    misfits = {}
+    for row in (row for row in found if row["boundary"] == "circular" and row["kernel_size"] <= 7):
+        changes = [(m, m["paper"]["8.0"] - m["paper"]["5.0"]) for m in row["transferred"].values()]
+        for key in ("8.0", "told"):
+            away = np.mean([abs(m[key] - m["5.0"] - paper) for m, paper in changes])
+            misfits.setdefault(key, []).append(away)
+    assert misfits["8.0"][0] < 1 < min(misfits["8.0"][1:])
+    assert max(misfits["told"]) < 1 and misfits["told"][2] < misfits["told"][1]

@@ -411,7 +411,9 @@ def test_verdicts():
         return tables.verdict(tables.compare(pair, "I", "v2", "denoising"))
 
     assert verdict(28, 25) == "same sign"  # the paper: +0.06
-    pair = tables.Comparison(0.1, 0.05, 0.06, (1, 1), "", ("", ""), 0.01)  # the paper's 0.06 within ±, or not
+    pair = tables.Comparison(
+        0.1, 0.05, 0.06, (1, 1), "", ("", ""), 0.01
+    )  # the paper's difference within ±, or not
     assert tables.verdict(pair) == "size replicated"
     assert tables.verdict(pair._replace(half_width=0.03)) == "same sign"
     assert tables.verdict(pair._replace(difference=-0.1)) == "the opposite"
@@ -438,6 +440,24 @@ def test_seeds_widen_the_interval():
     assert "over test images alone" in figures.in_short("I", "v2", "denoising", one)
     short = figures.in_short("I", "v2", "denoising", two)
     assert "over seeds (1 of GLOW, pooled; 2 of U-Net, pooled; 1 of ResNet, pooled; their spread is" in short
+
+
+def test_a_page_compares_nothing_with_a_solver_below_its_measurement():
+    here = [solver_record(m, v) for m, v in (("glow", 28), ("unet", 18), ("resnet", 27))]
+    told = figures.on_this_page("I", "v2", "denoising", [], here).data
+    assert "GLOW is 1.00 ± 0.00 dB above ResNet; not compared: U-Net below its measurement." in told
+    below = [*here[:2], solver_record("resnet", 19)]
+    told = figures.on_this_page("I", "v2", "denoising", [], below).data
+    assert "GLOW is" not in told and "U-Net below its measurement; ResNet below its measurement." in told
+
+
+def test_seeds_stand_beside_the_interval_over_images():
+    found = [solver_record("unet", 27 + seed, seed=seed) for seed in (0, 1, 2)]
+    (merged,) = records.merged(found)
+    assert tables.with_seeds(merged).endswith("(seeds 27.00 to 29.00)")
+    assert tables.with_seeds(found[0]) == tables.plus_minus(found[0]["psnr"])
+    (row,) = front._results([merged, solver_record("resnet", 19)], "denoising").split("\n")
+    assert row == "– / 28.00 / 19.00? dB"
 
 
 def test_many_tests_are_corrected_for():
