@@ -5,8 +5,9 @@ import math
 from collections import defaultdict
 
 from companion.paths import RESULTS
-from companion.settings import METHODS
-from companion.tables import Link, benchmark, machine, minutes
+from companion.records import comparison, of_seeds
+from companion.settings import EDITIONS, METHODS, TASKS
+from companion.tables import Link, benchmark, machine, minutes, record_of
 
 COMPARED = ("glow", "glow-noisy", "unet", "resnet")
 
@@ -30,6 +31,36 @@ def solvers(task: str, edition: str, records: list[dict]) -> list[dict]:
     of_task = [r for r in of_task if r["experiment"]["edition"] == edition and r["psnr"]["mean"] is not None]
     timed = [r | {"spent": spent(r, records), "machine": machine(r)} for r in of_task]
     return sorted((r for r in timed if r["spent"]), key=lambda r: r["spent"])
+
+
+def fairness(records: list[dict]) -> list[dict]:
+    """Rows, one a compared run and seed: what it took, with all that it starts from, how often its training
+    went back, and which learning rates its network was tried with."""
+    tried, rows = defaultdict(list), []
+    for row in json.loads((RESULTS / "benchmarks/learning_rates.json").read_text(encoding="utf-8"))["rows"]:
+        tried[row["method"]].append(f"{row['lr']:g}")
+    for edition in EDITIONS:
+        compared = comparison(records, edition)
+        trained = [r for r in compared if r["kind"] == "solver" and not METHODS[r["method"]].frozen]
+        for r in (one for merged in trained for one in of_seeds(merged) if one["kind"] == "solver"):
+            total, restarts = spent(r, records), r["training"].get("restarts") or ()
+            rows.append(
+                {
+                    "Task": f"{edition}, {TASKS[r['task']].label}",
+                    "Method": METHODS[r["method"]].short,
+                    "Seed": r["experiment"]["seed"],
+                    "Solver, min": f"{minutes(r):.0f}",
+                    "With pre-training, min": "no record on this machine"
+                    if total is None
+                    else f"{total:.0f}",
+                    "On": machine(r),
+                    "Restarts at half the rate": ", ".join(f"{x['step']:,}" for x in restarts) or "–",
+                    "Rate": f"{r['settings']['training']['lr']:g}",
+                    "Rates tried": ", ".join(tried[METHODS[r["method"]].network]) or "–",
+                    "Record": record_of(r),
+                }
+            )
+    return rows
 
 
 def slopes(task: str, edition: str, records: list[dict]) -> list[dict]:

@@ -560,10 +560,11 @@ def every_claim(records: list[dict]) -> list[dict]:
     rows = []
     for name, edition in PAPER_TABLES:
         found = claims(name, edition, compared[edition], records)
-        rows += [{"Table": f"{edition} {name}"} | row for row in found]
+        for row in found:
+            cells = [("Table", f"{edition} {name}"), *row.items()]
+            after_p = 2 + list(row).index("p")
+            rows.append(dict(cells[:after_p] + [("p, Holm", "–")] + cells[after_p:]))
     tested = [row for row in rows if row["Verdict"].split(":")[0] not in ("no claim", "not run")]
-    for row in rows:
-        row["p, Holm"] = "–"
     for row, p in zip(tested, holm([float(row["p"]) for row in tested])):
         row["p, Holm"] = f"{p:.3f}"
     return rows

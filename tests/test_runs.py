@@ -16,7 +16,7 @@ import scipy.stats
 import torch
 
 import data
-from companion import book, figures, front, locks, paths, records, runs, settings, tables, training
+from companion import book, compute, figures, front, locks, paths, records, runs, settings, tables, training
 from companion.__main__ import main
 from companion.experiment import Experiment
 from companion.training import model_path
@@ -458,6 +458,22 @@ def test_seeds_stand_beside_the_interval_over_images():
     assert tables.with_seeds(found[0]) == tables.plus_minus(found[0]["psnr"])
     (row,) = front._results([merged, solver_record("resnet", 19)], "denoising").split("\n")
     assert row == "– / 28.00 / 19.00? dB"
+
+
+def test_what_each_compared_run_was_given():
+    found = records.recorded()
+    rows = compute.fairness(found)
+    solvers = [r for e in ("v2", "v1") for r in records.comparison(found, e) if r["kind"] == "solver"]
+    trained = [r for r in solvers if not settings.METHODS[r["method"]].frozen]
+    assert len(rows) == sum(len(records.of_seeds(r)) for r in trained)
+    flow = next(r for r in found if r["name"] == "flow" and r["experiment"]["profile"] == "cpu")
+    for row in rows:
+        if row["Method"] == "GLOW":
+            assert row["On"] == "a CPU core" and row["Rates tried"].count(",") == 2
+            extra = float(row["With pre-training, min"]) - float(row["Solver, min"])
+            assert extra == pytest.approx(tables.minutes(flow), abs=1)
+    assert any(row["Restarts at half the rate"] != "–" for row in rows if row["Method"] == "GLOW")
+    assert {row["On"] for row in rows} == {"a CPU core", "H100"}
 
 
 def test_many_tests_are_corrected_for():
