@@ -106,7 +106,7 @@ TRIALS = _trials()
 def build(experiment: Experiment, trial: Trial, models) -> UnfoldedPGD:
     """The solver that a trial trains. models: the folder of finished trials' solvers."""
     torch.manual_seed(trial.seed)
-    if trial.start in TRIALS:
+    if trial.start not in (None, "flow", "flow-noisy"):
         return add_folds(load_checkpoint(models / f"{trial.start}.safetensors"), trial.num_folds)
     if trial.network == "glow":
         flow = experiment.flow(trial.start == "flow-noisy")
@@ -152,6 +152,14 @@ def run_of(experiment: Experiment, trial: Trial) -> Run:
     return replace(run, num_folds=trial.num_folds, seed=trial.seed, blind_sigma=trial.blind_sigma)
 
 
+def settings_of(trial: Trial) -> Training:
+    every = math.ceil(trial.num_steps / VALIDATIONS)
+    settings = Training(trial.num_steps, trial.batch_size, trial.lr, validate_every=every, mirror=True)
+    changes = dict(clip_norm=trial.clip_norm, fixed_norms=trial.fixed_norms, max_restarts=0)
+    changes |= dict(optimizer=trial.optimizer, scalar_lr=trial.scalar_lr)
+    return replace(settings, warmup_steps=min(50, trial.num_steps // 10), **changes)
+
+
 def carry_out(name: str, experiment: Experiment) -> dict:
     """Trains what a trial is, and writes its record."""
     trial, folder = TRIALS[name], experiment.build / "recipe"
@@ -161,11 +169,7 @@ def carry_out(name: str, experiment: Experiment) -> dict:
     if trial.start in TRIALS:
         carry_out(trial.start, experiment)
     solver, started = build(experiment, trial, folder), provenance()
-    every = math.ceil(trial.num_steps / VALIDATIONS)
-    settings = Training(trial.num_steps, trial.batch_size, trial.lr, validate_every=every, mirror=True)
-    changes = dict(clip_norm=trial.clip_norm, fixed_norms=trial.fixed_norms, max_restarts=0)
-    changes |= dict(optimizer=trial.optimizer, scalar_lr=trial.scalar_lr)
-    settings = replace(settings, warmup_steps=min(50, trial.num_steps // 10), **changes)
+    settings = settings_of(trial)
     options = {"groups": groups_of(solver, trial, settings)}
     if trial.fold_loss:
         options["loss"] = fold_loss(solver, trial.fold_loss, trial.num_steps)
