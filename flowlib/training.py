@@ -224,7 +224,7 @@ def fit(
                     run.save()
             if rank == 0:
                 run.save()  # A kill from here on loses no training.
-        if not run.finished():
+        if stopped():
             raise KeyboardInterrupt(f"saved at step {state['step']}: the same call goes on from there")
         model.load_state_dict(run.best)
         return run.summary()
