@@ -62,10 +62,8 @@ def solvers(experiment):
 
 def images(experiment):
     """The two real faces, then the test images of this build, where its data are prepared."""
-    try:
-        return torch.cat([gallery.faces(), to_tensor(experiment.split("test"))])
-    except FileNotFoundError:
-        return gallery.faces()
+    prepared = (experiment.build / "data" / experiment.dataset / "manifest.json").exists()
+    return torch.cat([gallery.faces(), *([to_tensor(experiment.split("test"))] if prepared else [])])
 
 
 def _cut(file, crop):
