@@ -36,7 +36,7 @@ from flowlib.prox import PROXES
 from flowlib.training import Diverged
 
 EVERY, RESERVE = 60, 60  # seconds: from one writing to the next; for an evaluation and what is sent after it
-RATES = {"muon": 1e-3, "adam": 1e-4}
+RATES = {"muon": 5e-4, "adam": 1e-4}
 LEAST = 0.25  # of a training's steps: with time for fewer, it is not started
 TRIED = 20  # steps of which the time is taken
 WRONG = 1e-3  # relative error
