@@ -425,13 +425,16 @@ def test_the_later_choice_counts(open_page, folder):
     assert not explorer(page, "e.photo") and not page.locator("dialog").is_visible()
     drop(page, ".status", slow)
     drop(page, ".status", fast)
-    page.wait_for_timeout(1500)
+    page.wait_for_function("document.querySelector('.flow-explorer').explorer.square?.bitmap.height === 64")
+    page.wait_for_function("bitmaps.length >= 3")
     assert square(page) == pytest.approx((0, 0, 64), abs=1.5)
     drop(page, ".status", {"name": "slow notes.png", "buffer": b"only text"})
     drop(page, ".status", fast)
     page.wait_for_timeout(1500)
     assert page.get_by_role("alert").count() == 0
     open_ = "() => bitmaps.filter((bitmap) => bitmap.width).length"
+    page.wait_for_function("bitmaps.length === 4")
+    page.wait_for_timeout(500)
     assert page.evaluate(open_) == 1 and page.evaluate("bitmaps.length") == 4
     for _ in range(2):  # larger than what is kept
         drop(page, ".status", {"name": "face.png", "buffer": picture((1600, 1300))})
