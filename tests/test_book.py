@@ -209,5 +209,5 @@ def test_downloaded_notebooks_have_no_roles(html):
 
 def test_the_search_finds_what_readers_look_for(html):
     text = (html / "searchindex.js").read_text(encoding="utf-8")
-    terms = json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))["terms"]
-    assert {"licenc", "licens", "upload", "photo", "memori"} <= set(terms)
+    index = json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))
+    assert {"licenc", "licens", "upload", "photo", "memori"} <= {*index["terms"], *index["titleterms"]}
