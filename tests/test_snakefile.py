@@ -104,7 +104,7 @@ def test_only_what_is_affected_is_made_again(project):
 def test_another_snakemake_keeps_its_lock(project):
     """One that `make book` did not start; nor are the settings of its build changed."""
     build, environment = project / "build", os.environ | {"PYTHONPATH": str(project)}
-    for made in ("data", "logs"):
+    for made in ("data", "logs", "executed"):
         shutil.rmtree(build / made, ignore_errors=True)
     (project / "config.json").write_text('{"profile": "smoke"}')
     command = [sys.executable, "-m", "snakemake", PAGE, "--cores", "1", "--configfile", "config.json"]
