@@ -105,9 +105,7 @@ def test_ctrl_c_saves_and_ends(build, tmp_path, monkeypatch):
     only(monkeypatch, "denoising-resnet")
     monkeypatch.setattr(card.Card, "seconds_per_step", lambda *_: 1e-4)
     monkeypatch.setattr(card.lent, "sending", lambda *_: contextlib.nullcontext(signal.raise_signal(2)))
-    usual = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored in the background
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     try:
         with pytest.raises(KeyboardInterrupt):
             call(build, tmp_path / "out")
