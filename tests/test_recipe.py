@@ -1,4 +1,4 @@
-"""The recipe: folds that are added to a solver, the profile made of it, its trials, and what is said of them."""
+"""The recipe: folds that are added to a solver, the profile made of it, its trials, what is said of them."""
 
 from dataclasses import replace
 
