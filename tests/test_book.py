@@ -4,7 +4,10 @@ import binascii
 import csv
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
@@ -188,9 +191,12 @@ def test_the_book_is_built_on_a_processor_with_avx512_alone():
     """Without bfloat16 arithmetic, which the fixture's AVX2 lacks as well."""
     build = build_smoke_book("build/smoke-avx512", "AVX512_CORE")
     assert (build / "html" / "index.html").exists()
-    for path in (build / "runs").rglob("record.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        assert record["training"]["precision"] in (["float32"], ["bfloat16"]), path
+    ask = "from flowlib.precision import bf16_pays; print('bfloat16' if bf16_pays() else 'float32')"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "PYTHONPATH": str(ROOT)}
+    told = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True)
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in (build / "runs").rglob("record.json")]
+    trained = [record["training"]["precision"] for record in found]
+    assert trained and all(precision == [told.stdout.strip()] for precision in trained)
 
 
 def test_downloaded_notebooks_have_no_roles(html):

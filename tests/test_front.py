@@ -120,6 +120,23 @@ def test_what_is_said_of_batchnorm_is_what_its_records_say():
     assert on["before"]["mean"] == pytest.approx(found["set-back"]["psnr"]["mean"], abs=0.01)
     losses = [row["val_loss"] for row in on["training"]["history"]]
     assert losses == sorted(losses, reverse=True)  # it never leaps
+    solvers = [r for r in records.recorded() if r["kind"] == "solver" and r["experiment"]["profile"] == "cpu"]
+    leaps = [leap for r in solvers if (leap := largest_leap(r)) > 1.5 and not r["training"]["restarts"]]
+    assert "Four other recorded U-Nets leapt" in text and len(leaps) == 4
+    assert f"rose to {min(leaps):.1f} to {max(leaps):.1f} times its best" in text
+    rates = {
+        r["lr"]: r["psnr"]["200"] for r in record("learning_rates.json")["rows"] if r["method"] == "unet"
+    }
+    assert min(rates, key=rates.get) == 1e-3
+    assert f"ended last of its three, {max(rates.values()) - rates[1e-3]:.1f} dB below the best" in text
+
+
+def largest_leap(record):
+    """How many times its best so far the validation error of a training that has BatchNorm rose to."""
+    losses = [row["val_loss"] for row in record["training"]["history"] if row["val_loss"]]
+    if record["settings"]["network"] == "glow" or len(losses) < 2:
+        return 0.0
+    return max(loss / min(losses[:i]) for i, loss in enumerate(losses) if i)
 
 
 def test_portraits_are_two_faces_in_colour():
