@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
@@ -78,7 +79,8 @@ def _trials() -> dict[str, Trial]:
     slow = dict(shrinkage=0.6, scalar_lr=1e-3)  # λ starts where denoising ends, and moves slowly
     trials["inpainting-screen-adam-slow-lambda"] = inpainting(700, 4, 2e-4, "adam", **slow)
     trials["inpainting-screen-muon-slow-lambda"] = inpainting(600, 4, 5e-4, **slow)
-    for name, task in {"denoising": denoising, "inpainting": inpainting}.items():
+    # At 1e-3 one fold of 1600 steps had a validation error of 1.6 at one third and at half of its steps.
+    for name, task in {"denoising": partial(denoising, lr=5e-4), "inpainting": inpainting}.items():
         trials |= {
             f"{name}-1-fold": task(1600),
             f"{name}-1-fold-half": task(800),
@@ -94,8 +96,8 @@ def _trials() -> dict[str, Trial]:
                 rival = dict(network=network, start=None, num_folds=num_folds, clip_norm=1.0, fixed_norms=0.1)
                 rival |= dict(step_size=1.0 if num_folds == 1 else 0.5)
                 folds = f"{num_folds} fold{'s' * (num_folds > 1)}".replace(" ", "-")
-                for optimizer, lr in (("adam", 1e-3), ("muon", 1e-3)):
-                    trial = task(steps // num_folds, 8, lr, optimizer, **rival)
+                for optimizer in ("adam", "muon"):
+                    trial = task(steps // num_folds, 8, lr=1e-3, optimizer=optimizer, **rival)
                     trials[f"{name}-{network}-{folds}-{optimizer}"] = trial
     return trials
 
