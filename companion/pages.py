@@ -13,6 +13,7 @@ PLAIN = (
     "engine",
     "stability",
     "recipe",
+    "scale",
     "speed",
     "classical",
     "blur",
