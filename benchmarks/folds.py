@@ -27,7 +27,7 @@ def describe(record: dict, build: str) -> list[dict]:
     solver, x = kept_model(experiment, run), to_tensor(experiment.split("test"))
     y, operator = measured(run.task, x, run.seed)  # of all images, so that each has the noise of the tables
     x, y = x[:NUM_IMAGES], y[:NUM_IMAGES]
-    whole = psnr(reconstruct(solver, operator, y), x).mean().item()
+    whole = psnr(reconstruct(solver, operator, y)[0], x).mean().item()
     _, folds = solver(y[:50], operator, return_folds=True)
     rows = []
     for k, (prox, fold) in enumerate(zip(solver.proxes, folds)):
