@@ -12,6 +12,7 @@ OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.map deblurring --images 100 
 
 import argparse
 import json
+import math
 import time
 
 import torch
@@ -26,7 +27,7 @@ from companion.runs import kept_model, kept_place
 from companion.settings import TASKS
 from companion.training import device
 from flowlib import map_estimate, psnr, ssim
-from flowlib.images import to_tensor
+from flowlib.images import dequantize, to_tensor
 from flowlib.training import generator_for
 
 # weights and rates: those tried, the first rate with every weight, the others with the best; num_steps: tried
@@ -88,49 +89,52 @@ def compare_starts(task, flow, operator, y, x, setting, record, save):
         if label not in record.setdefault("starts", {}):
             x_hat, objective, seconds = estimate(flow, operator, y, setting, start)
             row = found(psnr(x_hat, x).mean(), objective.mean(), seconds)
-            record["starts"][label] = row | {
-                "of_start": None if start is None else psnr(start, x).mean().item()
-            }
+            if start is not None:
+                row["psnr_of_start"] = round(float(psnr(start, x).mean()), 3)
+            record["starts"][label] = row
             print(label, record["starts"][label], flush=True)
             save()
 
 
 @torch.no_grad()
-def test(flow, operator, y, x, setting, part, save, num_images):
-    """Adds images to part until it has num_images: of each its quality, the objective, the norm of the code
-    and, in bits per dimension, how likely the flow finds the answer and the original."""
-    values = part.setdefault("values", {})
+def test(task, flow, images, seed, setting, part, save, num_images):
+    """Adds uint8 images to part until it has num_images: of each the quality, the objective, the norm of the
+    answer's code, and the bits per dimension of the answer and of the original."""
+    x, originals = to_tensor(images), dequantize(images, generator_for(seed, "test")).to(device())
+    y, operator = measured(task, x, seed)  # of all images, so that each has the noise of the tables
     runs = part.setdefault("runs", [])
     runs.append({"images": 0, "seconds": 0.0, **provenance()})
-    for i in range(len(values.get("psnr", ())), min(num_images, len(x)), CHUNK):
+    for i in range(len(part.get("psnr", {}).get("values", ())), min(num_images, len(x)), CHUNK):
         now = slice(i, min(i + CHUNK, num_images))
         x_hat, objective, seconds = estimate(flow, operator, y[now], setting)
-        latents, _ = flow(x_hat.to(y))
+        codes, _ = flow(x_hat.to(y))
         new = dict(psnr=psnr(x_hat, x[now]), ssim=ssim(x_hat, x[now]), objective=objective)
         new["psnr_measurement"] = psnr(y[now].cpu(), x[now])
-        new["norm_squared"] = sum(z.square().flatten(1).sum(1) for z in latents)
+        new["norm_squared"] = sum(z.square().flatten(1).sum(1) for z in codes)
         new["bits_per_dim"] = flow.bits_per_dim(x_hat.to(y))
-        new["bits_per_dim_original"] = flow.bits_per_dim(x[now].to(y))
-        for name, of_images in new.items():
-            known = values.get(name, {}).get("values", [])
-            values[name] = statistics(known + of_images.tolist())
+        new["bits_per_dim_original"] = flow.bits_per_dim(originals[now])
+        for name, values in new.items():
+            known = part.get(name, {}).get("values", [])
+            part[name] = statistics([math.nan if v is None else v for v in known] + values.tolist())
         runs[-1]["images"] += len(x_hat)
         runs[-1]["seconds"] += seconds * len(x_hat)
         save()
-        print(len(values["psnr"]["values"]), values["psnr"]["mean"], f"{seconds:.1f} s an image", flush=True)
+        print(len(part["psnr"]["values"]), part["psnr"]["mean"], f"{seconds:.1f} s an image", flush=True)
     part["runs"] = [run for run in runs if run["images"]]
     save()
 
 
 def time_solvers(task, experiment, operator, y):
-    """Seconds an image of the kept solvers, on this machine."""
+    """Seconds of the processor for an image by the kept solvers, on this machine."""
     rows = {}
     for method in ("glow", "resnet", "unet"):
         run = experiment.solver(task, method)
         if kept_place(experiment, run)[1].exists():
             solver = kept_model(experiment, run).to(device()).eval()
+            reconstruct(solver, operator, y)  # the first call is slower
+            begun = time.process_time()
             reconstruct(solver, operator, y)
-            rows[method] = reconstruct(solver, operator, y)[1] / len(y)
+            rows[method] = (time.process_time() - begun) / len(y)
     return rows
 
 
@@ -164,13 +168,13 @@ def main():
     record["chosen"] = setting
     compare_starts(args.task, flow, operator, y_val, x_val, setting, record, save)
     record["solver_seconds"] = time_solvers(args.task, experiment, operator, y_val)
+    save()
+    ood = experiment.ood_images()
     parts = {"test": (experiment.split("test"), args.images)}
-    if args.ood and experiment.ood_images():
-        parts["ood_images"] = experiment.ood_images().images[:100], args.ood
+    if args.ood and ood is not None:
+        parts["ood_images"] = (ood.images[:100], args.ood)
     for name, (images, num_images) in parts.items():
-        x = to_tensor(images)
-        y, _ = measured(args.task, x, seed)  # of all images, so that each has the noise of the tables
-        test(flow, operator, y, x, setting, record.setdefault(name, {}), save, num_images)
+        test(args.task, flow, images, seed, setting, record.setdefault(name, {}), save, num_images)
 
 
 def go_on(path, about):
