@@ -1,0 +1,120 @@
+"""The estimate (7) over latent codes: the closed form where the flow is linear, starts, batches, refusals."""
+
+import pytest
+import torch
+
+from flowlib import Blur, Denoising, Glow, Inpainting, map_estimate
+from flowlib.layers import InvConv1x1
+from tests.test_flow import randomize
+
+
+def linear_flow():
+    """A Glow whose couplings are affine in their input and whose scales are 1: g(z) = G z + c. In float64."""
+    torch.manual_seed(0)
+    flow = Glow(num_levels=2, num_steps=1, hidden_channels=4).double()
+    with torch.no_grad():
+        for module in flow.modules():
+            if isinstance(module, InvConv1x1):
+                module.weight += 0.1 * torch.randn_like(module.weight)
+    return flow
+
+
+def curved_flow():
+    torch.manual_seed(0)
+    return randomize(Glow(num_levels=2, num_steps=2, hidden_channels=4)).double()
+
+
+def images(n=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 3, 8, 8, dtype=torch.float64, generator=generator) - 0.5
+
+
+def closed_form(flow, operator, y, weight):
+    """The minimiser of (7) for linear A and affine g, by the normal equations."""
+    shapes = flow.latent_shapes(8)
+    sizes = [torch.Size(s).numel() for s in shapes]
+
+    def image(z):
+        return flow.inverse([part.reshape(1, *s) for part, s in zip(z.split(sizes), shapes)])[0]
+
+    zero = torch.zeros(sum(sizes), dtype=torch.float64)
+    g = torch.autograd.functional.jacobian(image, zero).reshape(-1, sum(sizes))
+    a = torch.autograd.functional.jacobian(operator.A, torch.zeros_like(y[:1])).reshape(y[0].numel(), -1)
+    h, rest = a @ g, (y - operator.A(image(zero))).flatten(1)
+    normal = h.T @ h + weight * torch.eye(sum(sizes), dtype=torch.float64)
+    codes = torch.linalg.solve(normal, h.T @ rest.T).T
+    return torch.cat([image(z) for z in codes])
+
+
+@pytest.mark.parametrize("operator", [Denoising(0.2), Inpainting(3, 8), Blur(5.0, 3)], ids=type)
+def test_on_a_linear_flow_it_is_the_answer_of_tikhonov(operator):
+    flow, operator = linear_flow().requires_grad_(False), operator.double()
+    y = operator.measure(images(), torch.Generator().manual_seed(1))
+    x_hat, _ = map_estimate(flow, operator, y, 0.05, num_steps=300, lr=0.1)
+    torch.testing.assert_close(x_hat, closed_form(flow, operator, y, 0.05), atol=1e-4, rtol=0)
+
+
+def test_the_objective_falls_and_is_that_of_the_answer():
+    flow, operator = curved_flow(), Inpainting(3, 8)
+    y = operator.measure(images())
+    x_hat, values = map_estimate(flow, operator, y, 0.01, num_steps=80)
+    assert values.shape == (81, 2) and (values[-1] < 0.5 * values[0]).all()
+    assert (values.diff(dim=0) > 0).sum() < 10
+    norm = sum(z.square().flatten(1).sum(1) for z in flow(x_hat)[0])
+    misfit = (y - operator.A(x_hat)).square().flatten(1).sum(1)
+    torch.testing.assert_close(values[-1], misfit + 0.01 * norm)
+    first = (y - operator.A(flow.mode(8))).square().flatten(1).sum(1)
+    torch.testing.assert_close(values[0], first)  # z = 0
+
+
+def test_the_start_matters_and_chance_does_not():
+    flow, operator = curved_flow(), Denoising(0.2)
+    y = operator.measure(images(), torch.Generator().manual_seed(1))
+    zero, again, from_y, from_mode = (
+        map_estimate(flow, operator, y, 0.04, start, num_steps=20)[0]
+        for start in (None, None, y, flow.mode(8).detach())
+    )
+    assert torch.equal(zero, again)
+    torch.testing.assert_close(from_mode, zero, atol=1e-4, rtol=0)  # f(g(0)) = 0, one for the whole batch
+    assert (zero - from_y).abs().max() > 0.01
+
+
+def test_an_image_does_not_depend_on_its_batch_nor_the_flow_on_the_estimate():
+    flow, operator = curved_flow(), Blur(5.0, 3).double()
+    y = operator.measure(images(3))
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    together, values = map_estimate(flow, operator, y, 0.01, num_steps=30)
+    alone = [map_estimate(flow, operator, one[None], 0.01, num_steps=30) for one in y]
+    torch.testing.assert_close(together, torch.cat([x for x, _ in alone]))
+    torch.testing.assert_close(values, torch.cat([v for _, v in alone], dim=1))
+    assert all(p.grad is None and p.requires_grad for p in flow.parameters()) and not together.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
+
+
+def test_it_works_where_gradients_are_off_and_in_float32():
+    flow, y = curved_flow().float(), images().float()
+    with torch.inference_mode(False), torch.no_grad():
+        x_hat, values = map_estimate(flow, Denoising(), y, 0.04, num_steps=3)
+    assert x_hat.dtype == values.dtype == torch.float32 and x_hat.shape == y.shape
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(y=images() * float("nan")), "y holds numbers that are not finite"),
+        (dict(start=images() / 0), "start holds numbers that are not finite"),
+        (dict(y=torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), "floating-point"),
+        (dict(y=images()[:, :, :6]), "divisible"),
+        (dict(y=images()[:, :1]), "expected images .B, 3, H, W."),
+        (dict(y=images()[:, :1], start=images()), "does not fit the operator"),
+        (dict(start=images(3)), "3 images to start from do not fit 2 measurements"),
+        (dict(weight=-0.1), "weight must be >= 0"),
+        (dict(weight=float("nan")), "weight must be >= 0"),
+        (dict(num_steps=0), "num_steps > 0"),
+        (dict(lr=0.0), "lr and num_steps > 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    given = dict(y=images(), weight=0.04) | change
+    with pytest.raises(ValueError, match=message):
+        map_estimate(curved_flow(), Denoising(), **given)
