@@ -5,7 +5,7 @@ then the test images come, with the noise of the tables, and images out of distr
 run that was stopped goes on, and so does one with a larger --images or --ood. The kept solvers are timed
 beside it.
 
-Run, one core each, in a build with prepared images (about 7 s an image in denoising, 15 s in the others):
+Run, one core each, in a build with prepared images (about 7 s an image in denoising, 17 s in the others):
 OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.map denoising --images 500 --ood 100 --build build
 OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.map inpainting --images 100 --ood 40 --build build
 OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.map deblurring --images 100 --ood 40 --build build"""
@@ -34,8 +34,8 @@ from flowlib.training import generator_for
 # with the best of both, all with the first. start: a classical answer and its parameter, as the book has it.
 GRIDS = {
     "denoising": dict(weights=(0.02, 0.04, 0.08), rates=(0.06, 0.12), num_steps=(90, 45)),
-    "inpainting": dict(weights=(0.001, 0.003, 0.01), rates=(0.06, 0.12), num_steps=(150, 75)),
-    "deblurring": dict(weights=(0.0003, 0.001, 0.003), rates=(0.06, 0.12), num_steps=(150, 75)),
+    "inpainting": dict(weights=(0.001, 0.003, 0.01), rates=(0.15, 0.3), num_steps=(200, 100)),
+    "deblurring": dict(weights=(0.0003, 0.001, 0.003), rates=(0.15, 0.3), num_steps=(200, 100)),
 }
 CLASSICAL_START = {"denoising": ("nl-means", 0.9), "inpainting": ("biharmonic", None)}
 CLASSICAL_START["deblurring"] = ("cg", 30)
