@@ -98,8 +98,8 @@ def compare_starts(task, flow, operator, y, x, setting, record, save):
 
 @torch.no_grad()
 def test(task, flow, images, seed, setting, part, save, num_images):
-    """Adds uint8 images to part until it has num_images: of each the quality, the objective, the norm of the
-    answer's code, and the bits per dimension of the answer and of the original."""
+    """Adds uint8 images to part until it has num_images: of each the quality, the objective, and of answer
+    and original the squared norm of the code and the bits per dimension."""
     x, originals = to_tensor(images), dequantize(images, generator_for(seed, "test")).to(device())
     y, operator = measured(task, x, seed)  # of all images, so that each has the noise of the tables
     runs = part.setdefault("runs", [])
@@ -107,12 +107,11 @@ def test(task, flow, images, seed, setting, part, save, num_images):
     for i in range(len(part.get("psnr", {}).get("values", ())), min(num_images, len(x)), CHUNK):
         now = slice(i, min(i + CHUNK, num_images))
         x_hat, objective, seconds = estimate(flow, operator, y[now], setting)
-        codes, _ = flow(x_hat.to(y))
         new = dict(psnr=psnr(x_hat, x[now]), ssim=ssim(x_hat, x[now]), objective=objective)
         new["psnr_measurement"] = psnr(y[now].cpu(), x[now])
-        new["norm_squared"] = sum(z.square().flatten(1).sum(1) for z in codes)
-        new["bits_per_dim"] = flow.bits_per_dim(x_hat.to(y))
-        new["bits_per_dim_original"] = flow.bits_per_dim(originals[now])
+        for suffix, image in (("", x_hat.to(y)), ("_original", originals[now])):
+            new[f"norm_squared{suffix}"] = sum(z.square().flatten(1).sum(1) for z in flow(image)[0])
+            new[f"bits_per_dim{suffix}"] = flow.bits_per_dim(image)
         for name, values in new.items():
             known = part.get(name, {}).get("values", [])
             part[name] = statistics([math.nan if v is None else v for v in known] + values.tolist())

@@ -2,8 +2,10 @@
 images, beside the paper's way (λ = 0.1 fixed, μ trained: the recorded runs "glow-frozen"), beside the same
 without a flow (λ = 0), and beside the measurement as it is.
 
-Run (minutes), in a build with prepared images: python -m benchmarks.plugged_in denoising --build build
-and the same with inpainting and with deblurring."""
+Run, some minutes a task on one core, in a build with prepared images:
+OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.plugged_in denoising --build build
+OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.plugged_in inpainting --build build
+OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.plugged_in deblurring --build build"""
 
 import argparse
 
