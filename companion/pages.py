@@ -13,6 +13,7 @@ PLAIN = (
     "engine",
     "stability",
     "recipe",
+    "map",
     "scale",
     "speed",
     "classical",

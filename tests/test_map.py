@@ -1,11 +1,22 @@
 """The estimate (7) over latent codes: the closed form where the flow is linear, starts, batches, refusals."""
 
+import json
+
 import pytest
 import torch
 
+import data
+from benchmarks import map as benchmark
+from companion import map as estimates
+from companion.experiment import Experiment
+from companion.files import write_json
+from companion.records import recorded as all_records
+from companion.records import statistics
 from flowlib import Blur, Denoising, Glow, Inpainting, map_estimate
 from flowlib.layers import InvConv1x1
 from tests.test_flow import randomize
+
+KEPT = {"profile": "cpu", "dataset": "celeba", "edition": "v2", "seed": 0}
 
 
 def linear_flow():
@@ -118,3 +129,83 @@ def test_what_does_not_fit_is_refused(change, message):
     given = dict(y=images(), weight=0.04) | change
     with pytest.raises(ValueError, match=message):
         map_estimate(curved_flow(), Denoising(), **given)
+
+
+@pytest.fixture
+def benchmarked(tmp_path, monkeypatch):
+    """(run, path): the benchmark with a small flow on drawn images; run(images) goes on with the record."""
+    experiment = Experiment("smoke", build=tmp_path)
+    data.prepare_synthetic(experiment.build / "data/synthetic", num_images=40)
+    torch.manual_seed(0)
+    flow = Glow(num_levels=2, num_steps=1, hidden_channels=4)
+    flow.initialize(torch.rand(8, 3, 64, 64) - 0.5)
+    path = tmp_path / "denoising.json"
+    monkeypatch.setattr(benchmark, "Experiment", lambda *_, **__: experiment)
+    monkeypatch.setattr(benchmark, "kept_model", lambda *_: flow)
+    monkeypatch.setattr(benchmark, "time_solvers", lambda *_: {"glow": 0.5})
+    grid = dict(weights=(0.04, 0.4), rates=(0.06,), num_steps=(2,))
+    monkeypatch.setitem(benchmark.GRIDS, "denoising", grid)
+
+    def run(images):
+        given = ["map", "denoising", "--images", str(images), "--validation", "2", "--out", str(path)]
+        monkeypatch.setattr("sys.argv", given)
+        benchmark.main()
+        return json.loads(path.read_text())
+
+    return run, path
+
+
+def test_the_benchmark_goes_on_where_it_stopped(benchmarked, monkeypatch):
+    run, path = benchmarked
+    whole = run(6)
+    assert whole["chosen"]["num_steps"] == 2 and len(whole["validation"]) == 2 and len(whole["starts"]) == 3
+    assert len(whole["test"]["psnr"]["values"]) == 6 and whole["test"]["runs"][0]["images"] == 6
+    path.unlink()
+    run(3)
+    steps = []
+    monkeypatch.setattr(benchmark, "map_estimate", lambda *a, **k: steps.append(1) or map_estimate(*a, **k))
+    later = run(6)
+    assert len(steps) == 1 and [r["images"] for r in later["test"]["runs"]] == [3, 3]
+    for name in ("psnr", "ssim", "objective", "bits_per_dim_original"):
+        assert later["test"][name]["values"] == pytest.approx(whole["test"][name]["values"], abs=1e-3)
+    assert run(4)["test"] == later["test"]  # nothing is lost by asking for fewer
+
+
+def test_a_record_about_something_else_is_not_gone_on_with(benchmarked):
+    run, path = benchmarked
+    run(2)
+    before = path.read_bytes()
+    benchmark.GRIDS["denoising"]["weights"] = (0.04,)
+    with pytest.raises(ValueError, match="another grid: delete it, or give --out"):
+        run(4)
+    assert path.read_bytes() == before
+
+
+def test_the_page_compares_image_by_image(tmp_path, monkeypatch):
+    [solver] = (
+        r
+        for r in all_records()
+        if r["kind"] == "solver" and r["name"] == "denoising-glow" and r["experiment"] == KEPT
+    )
+    values = [value + 1 + 0.1 * (-1) ** i for i, value in enumerate(solver["psnr"]["values"][:10])]
+    of_images = dict.fromkeys(("norm_squared", "norm_squared_original", "bits_per_dim"), {"mean": 2.0})
+    of_images |= {"bits_per_dim_original": {"mean": 3.0}, "objective": {"mean": 500.0}}
+    part = {"psnr": statistics(values), "runs": [{"images": 10, "seconds": 70.0}], **of_images}
+    setting = dict(weight=0.04, lr=0.06, num_steps=90)
+    tried = setting | {"psnr": 26.0, "objective": 500.0, "seconds": 7.0}
+    starts = {"z = 0": tried, "f(Aᵀy)": tried | {"psnr": 12.0, "psnr_of_start": 14.0}}
+    record = {"task": "denoising", "experiment": KEPT, "data": solver["data"], "test": part}
+    record |= dict(chosen=setting, validation=[tried], starts=starts, solver_seconds={"glow": 0.5})
+    monkeypatch.setattr(estimates, "RESULTS", tmp_path)
+    assert estimates.rows(all_records()) == [] and "No estimate" in estimates.lesson(all_records())
+    write_json(tmp_path / "benchmarks/map/denoising.json", record)
+    [row] = [r for r in estimates.rows(all_records()) if r["Solver"] == "GLOW"]
+    assert row["Images"] == 10 and row["Estimate above it, dB"] == "+1.00 ± 0.08"  # t(9) · 0.105 / √10
+    assert (row["Estimate, s an image"], row["Solver, s an image"]) == ("7.0", "0.50")
+    assert estimates.rows(all_records(), "ood_images") == []
+    assert "in denoising above it" in estimates.lesson(all_records())
+    assert "14 to 14 times" in estimates.lesson(all_records()) and "f(Aᵀy)" in estimates.lesson(all_records())
+    assert "+1.00 ± 0.08 dB: above the trained flow solver" in estimates.sentences(all_records())[0]
+    chosen, from_y = estimates.validation_rows("denoising")
+    assert chosen["Chosen"] == "yes" and "14.00 dB" in from_y["Start"]
+    assert estimates.likelihood_rows()[0]["of the original "] == "3.00"

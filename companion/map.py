@@ -1,0 +1,214 @@
+"""Recorded estimates without training (benchmarks/map.py and plugged_in.py) beside the recorded solvers."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from companion.figures import COLOURS, GREY, WIDTH, styled
+from companion.paths import RESULTS
+from companion.records import comparison, mean_and_interval, of_seeds
+from companion.settings import METHODS, TASKS
+from companion.tables import Link, benchmark, listed, plus_minus, record_of, signed
+
+SHOWN = ("denoising", "inpainting", "deblurring")
+NUMBERS = 3 * 64 * 64  # of an image
+
+
+def recorded(folder: str = "map", needs: str = "test") -> dict[str, dict]:
+    """{task: record} of what is recorded in results/benchmarks/folder and has got as far as `needs`."""
+    found = {}
+    for task in SHOWN:
+        path = RESULTS / "benchmarks" / folder / f"{task}.json"
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if "psnr" in record.get(needs, {}):
+            found[task] = record
+    return found
+
+
+def solvers(record: dict, records: list[dict]) -> dict[str, dict]:
+    """{method: record} of the solvers that are compared in the tables and got the very measurements of this
+    one, those of its seed, on its images."""
+    names = record["experiment"]
+    found = {}
+    for r in (one for merged in comparison(records, names["edition"]) for one in of_seeds(merged)):
+        same = r["kind"] == "solver" and r["task"] == record["task"]
+        if same and r["experiment"]["seed"] == names["seed"] and r["data"] == record["data"]:
+            found[r["method"]] = r
+    return {method: found[method] for method in METHODS if method in found}
+
+
+def difference(record: dict, solver: dict, part: str = "test") -> tuple[float, float, int]:
+    """How far the estimate is above a solver, in dB: mean over the images that the estimate has, half
+    its 95 % interval, and how many they are."""
+    ours = record[part]["psnr"]["values"]
+    theirs = (solver if part == "test" else solver[part])["psnr"]["values"][: len(ours)]
+    away = np.array(ours, dtype=float) - np.array(theirs, dtype=float)  # None becomes NaN
+    away = away[np.isfinite(away)]
+    return *mean_and_interval(away), len(away)
+
+
+def seconds(record: dict, part: str = "test") -> float:
+    """Of the processor, for one image."""
+    runs = record[part]["runs"]
+    return sum(run["seconds"] for run in runs) / sum(run["images"] for run in runs)
+
+
+def rows(records: list[dict], part: str = "test") -> list[dict]:
+    """One a recorded task and solver: the estimate, the solver on the same images, their difference."""
+    found = []
+    for task, record in recorded().items():
+        if "psnr" not in record.get(part, {}):
+            continue
+        for method, solver in solvers(record, records).items():
+            if part != "test" and not solver.get(part):
+                continue
+            away, half_width, n = difference(record, solver, part)
+            values = (solver if part == "test" else solver[part])["psnr"]["values"][:n]
+            time = record.get("solver_seconds", {}).get(method)
+            found.append(
+                {
+                    "Task": TASKS[task].label,
+                    "Images": n,
+                    "Estimate, dB": Link(plus_minus(record[part]["psnr"]), benchmark(f"map/{task}").href),
+                    "Solver": METHODS[method].short,
+                    "Solver, dB": Link(f"{np.mean(values):.2f}", record_of(solver).href),
+                    "Estimate above it, dB": f"{signed(away)} ± {half_width:.2f}",
+                    "Estimate, s an image": f"{seconds(record, part):.1f}",
+                    "Solver, s an image": f"{time:.2f}" if time else "–",
+                }
+            )
+    return found
+
+
+def validation_rows(task: str) -> list[dict]:
+    """One for each setting that was tried on validation images, and for each start."""
+    record = recorded().get(task)
+    found = []
+    for row in record["validation"] if record else ():
+        found.append(_tried(row, "z = 0", record["chosen"].items() <= row.items()))
+    for start, row in record["starts"].items() if record else ():
+        if row.get("psnr_of_start") is not None:
+            start = f"{start}, itself {row['psnr_of_start']:.2f} dB"
+            found.append(_tried(row | record["chosen"], start, False))
+    return found
+
+
+def _tried(row, start, chosen):
+    return {
+        "γ": f"{row['weight']:g}",
+        "Rate": f"{row['lr']:g}",
+        "Steps": row["num_steps"],
+        "Start": start,
+        "Objective": f"{row['objective']:,.1f}",
+        "PSNR, dB": f"{row['psnr']:.2f}",
+        "s an image": f"{row['seconds']:.1f}",
+        "Chosen": "yes" if chosen else "",
+    }
+
+
+def likelihood_rows() -> list[dict]:
+    """One for each task: how likely the flow finds the estimate and the original, and the misfit."""
+    found = []
+    for task, record in recorded().items():
+        part, weight = record["test"], record["chosen"]["weight"]
+        mean = {name: value["mean"] for name, value in part.items() if name != "runs"}
+        found.append(
+            {
+                "Task": TASKS[task].label,
+                "‖z‖² a number, estimate": f"{mean['norm_squared'] / NUMBERS:.2f}",
+                "of the original": f"{mean['norm_squared_original'] / NUMBERS:.2f}",
+                "Bits/dim, estimate": f"{mean['bits_per_dim']:.2f}",
+                "of the original ": f"{mean['bits_per_dim_original']:.2f}",
+                "‖y − A x‖², estimate": f"{mean['objective'] - weight * mean['norm_squared']:.1f}",
+                "γ": f"{weight:g}",
+            }
+        )
+    return found
+
+
+def plugged_in_rows(records: list[dict]) -> list[dict]:
+    """The plugged-in flow with λ and μ chosen, as the paper has it, no flow, and no solver at all."""
+    found = []
+    for task, record in recorded("plugged_in", "plugged_in").items():
+        here = benchmark(f"plugged_in/{task}").href
+        label = TASKS[task].label
+
+        def row(what, part, setting="–", href=here, label=label):
+            quality = Link(plus_minus(part["psnr"]), href)
+            return {"Task": label, "What": what, "λ, μ": setting, "PSNR, dB": quality}
+
+        compared = solvers(record, records)
+        found.append(row("the measurement as it is", record["measurement"]))
+        for name, what in (
+            ("without_flow", "data steps alone"),
+            ("plugged_in", "plugged in, λ and μ chosen"),
+        ):
+            chosen = record[name]
+            found.append(row(what, chosen, f"{chosen['shrinkage']:g}, {chosen['step_size']:g}"))
+        for method, what in (("glow-frozen", "plugged in, as the paper has it"), ("glow", "trained")):
+            if method in compared:
+                r = compared[method]
+                setting = f"{r['folds'][0]['shrinkage']:.2g}, trained" if method != "glow" else "trained"
+                found.append(row(what, r, setting, record_of(r).href))
+    return found
+
+
+def sentences(records: list[dict]) -> list[str]:
+    """For each recorded task, what the estimate reaches and costs beside the trained flow solver."""
+    found = []
+    for task, record in recorded().items():
+        beside, part = solvers(record, records), record["test"]
+        text = f"{TASKS[task].label}: {part['psnr']['mean']:.2f} dB"
+        if "glow" in beside:
+            away, half_width, n = difference(record, beside["glow"])
+            word = "level with" if abs(away) <= half_width else "above" if away > 0 else "below"
+            text += f" on {n} images, {signed(away)} ± {half_width:.2f} dB: {word} the trained flow solver"
+            time = record.get("solver_seconds", {}).get("glow")
+            if time:
+                text += f", which is {seconds(record) / time:.0f} times as fast"
+        found.append(text)
+    return found
+
+
+def lesson(records: list[dict]) -> str:
+    """What the records say, in a paragraph."""
+    found, told = recorded(), []
+    if not found:
+        return "No estimate is recorded yet, so nothing is said here of photographs."
+    for task, record in found.items():
+        glow = solvers(record, records).get("glow")
+        if glow:
+            away, half_width, _ = difference(record, glow)
+            way = "level with" if abs(away) <= half_width else "above" if away > 0 else "below"
+            told.append(f"in {TASKS[task].kind} {way} it")
+    text = [f"Measured against the trained flow solver, the estimate is {listed(told)}."] if told else []
+    times = [
+        seconds(r) / r["solver_seconds"]["glow"] for r in found.values() if "glow" in r["solver_seconds"]
+    ]
+    if times:
+        text.append(
+            f"Unfolding does accelerate: the solver is {min(times):.0f} to {max(times):.0f} times as fast."
+        )
+    worst = {}
+    for task, record in found.items():
+        away = {
+            start: row["psnr"] - record["starts"]["z = 0"]["psnr"] for start, row in record["starts"].items()
+        }
+        worst[task] = min(away.items(), key=lambda item: item[1])
+    bad = [f"{TASKS[t].kind} ({start}, {signed(gap)} dB)" for t, (start, gap) in worst.items() if gap < -1]
+    if bad:
+        text.append(f"The start decides: from the worst of them more than 1 dB is lost in {listed(bad)}.")
+    return " ".join(text)
+
+
+@styled
+def objective_curves(curves: dict, noise: float):
+    """The objective over steps, one line a start: {label: values}; noise: the misfit of noise alone."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2))
+    for (label, values), colour in zip(curves.items(), (COLOURS["glow"], COLOURS["unet"])):
+        axis.plot(values, color=colour, label=label)
+    axis.axhline(noise, color=GREY, ls=":")
+    axis.set(xlabel="steps", ylabel="objective (7)", yscale="log")
+    axis.legend()
+    return figure
