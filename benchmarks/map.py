@@ -33,7 +33,7 @@ from flowlib.training import generator_for
 # weights and rates: those tried, the first rate with every weight, the others with the best; num_steps: tried
 # with the best of both, all with the first. start: a classical answer and its parameter, as the book has it.
 GRIDS = {
-    "denoising": dict(weights=(0.02, 0.04, 0.08), rates=(0.06, 0.12), num_steps=(90, 45)),
+    "denoising": dict(weights=(0.01, 0.02, 0.04), rates=(0.12, 0.24), num_steps=(90, 180)),
     "inpainting": dict(weights=(0.001, 0.003, 0.01), rates=(0.15, 0.3), num_steps=(200, 100)),
     "deblurring": dict(weights=(0.0003, 0.001, 0.003), rates=(0.15, 0.3), num_steps=(200, 100)),
 }
