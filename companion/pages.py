@@ -12,6 +12,7 @@ PLAIN = (
     "figures",
     "engine",
     "stability",
+    "folds",
     "recipe",
     "map",
     "scale",
