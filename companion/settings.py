@@ -182,17 +182,17 @@ PROFILES = {
         flow=dict(num_levels=3, num_steps=4, hidden_channels=64, last_level_steps=4),
         unet=dict(width=8),
         resnet=dict(width=32),
-        pretraining=Training(num_steps=240, batch_size=16, lr=1e-3),
-        noisy_pretraining=Training(num_steps=100, batch_size=16, lr=1e-3),
+        pretraining=Training(num_steps=160, batch_size=16, lr=1e-3),
+        noisy_pretraining=Training(num_steps=60, batch_size=16, lr=1e-3),
         unfolding={
             "glow": Training(
-                num_steps=30, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=15, warmup_steps=20
+                num_steps=20, batch_size=8, lr=1e-4, clip_norm=0.1, validate_every=10, warmup_steps=10
             ),
-            "glow-frozen": Training(num_steps=10, batch_size=8, lr=0.0, warmup_steps=3, validate_every=5),
-            "unet": Training(num_steps=60, batch_size=8, lr=2e-3, validate_every=30, warmup_steps=20),
-            "resnet": Training(num_steps=50, batch_size=8, lr=2e-3, validate_every=25, warmup_steps=20),
+            "glow-frozen": Training(num_steps=6, batch_size=8, lr=0.0, warmup_steps=2, validate_every=3),
+            "unet": Training(num_steps=40, batch_size=8, lr=2e-3, validate_every=20, warmup_steps=10),
+            "resnet": Training(num_steps=30, batch_size=8, lr=2e-3, validate_every=15, warmup_steps=10),
         },
-        images=dict(train=1024, val=64, test=64, held_out=64),
+        images=dict(train=1024, val=32, test=32, held_out=64),
         methods=_FEW,
     ),
     # Minutes on one core: the first recorded runs.
