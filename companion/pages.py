@@ -18,6 +18,7 @@ PLAIN = (
     "scale",
     "speed",
     "classical",
+    "crops",
     "blur",
     "explorer",
     "tables",

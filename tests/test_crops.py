@@ -1,0 +1,62 @@
+"""Faces cut otherwise than in training."""
+
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from benchmarks.crops import CROPS, cut, position
+from companion import crops
+
+
+def quality(values):
+    return {"values": values, "mean": float(np.mean(values)), "half_width": 0.1}
+
+
+def of_crop(scale, shift, glow=(30.0, 31.0, 32.0), resnet=(29.0, 30.5, 31.0)):
+    psnr = {"inpainting": {"glow": quality(glow), "resnet": quality(resnet)}}
+    return {"scale": scale, "shift": shift, "psnr": psnr, "bits_per_dim": quality([3.0, 3.1])}
+
+
+def test_the_crop_of_training_is_that_of_the_packed_set(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (109, 89, 3), np.uint8)
+    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive, archive.open("faces/1.jpg", "w") as file:
+        Image.fromarray(pixels).save(file, "JPEG")
+    data.prepare(tmp_path / "faces.zip", tmp_path / "packed", "celeba")
+    packed = data.load(tmp_path / "packed").images
+    same, moved = (cut(str(tmp_path / "faces.zip"), [0], 1.0, shift) for shift in (0.0, 0.1))
+    assert abs(same.astype(int) - packed).max() <= 2 < abs(moved.astype(int) - packed).max()
+
+
+def test_a_square_is_where_it_is_said_to_be():
+    x, y, zoom = position(89, 109, 0.8, 0.1)
+    side = 89 / zoom
+    assert side == pytest.approx(0.8 * 74)
+    assert x * (89 - side) + side / 2 == pytest.approx(44.5)
+    assert y * (109 - side) + side / 2 == pytest.approx(54.5 + 7.4)
+
+
+def test_all_crops_lie_within_celeba_and_others_are_refused():
+    for scale, shift in CROPS:
+        position(89, 109, scale, shift)
+    for scale, shift in ((1.3, 0.0), (1.0, 0.3), (1.2, -0.2)):
+        with pytest.raises(ValueError, match=f"the crop {scale}, {shift} leaves an image of 89 x 109"):
+            position(89, 109, scale, shift)
+
+
+def test_a_series_changes_one_thing():
+    rows = [of_crop(*crop) for crop in CROPS]
+    for change in crops.CHANGES:
+        values = [row[change] for row in crops.series(rows, change)]
+        assert values == sorted(values) and len(values) == 7
+
+
+def test_differences_are_paired():
+    mean, half = crops.difference(of_crop(1.0, 0.0), "inpainting")
+    assert mean == pytest.approx(2.5 / 3) and 0 < half < 1
+
+
+def test_the_chart_is_drawn():
+    assert len(crops.chart([of_crop(*crop) for crop in CROPS]).axes) == 4
