@@ -5,11 +5,13 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 
+from companion import gallery
 from companion.figures import COLOURS, GREY, WIDTH, styled
 from companion.paths import RESULTS
 from companion.records import comparison, mean_and_interval, of_seeds
 from companion.settings import METHODS, TASKS
 from companion.tables import Link, benchmark, listed, plus_minus, record_of, signed
+from flowlib import map_estimate, psnr
 
 SHOWN = ("denoising", "inpainting", "deblurring")
 NUMBERS = 3 * 64 * 64  # of an image
@@ -212,3 +214,19 @@ def objective_curves(curves: dict, noise: float):
     axis.set(xlabel="steps", ylabel="objective (7)", yscale="log")
     axis.legend()
     return figure
+
+
+def on_faces(num_steps: int) -> tuple[dict, dict]:
+    """Columns and captions for figures.image_grid: the two faces with noise, restored by the kept flow and by
+    the kept solver."""
+    flow, _ = gallery.kept_flow()
+    x, (y, solved) = gallery.faces(), gallery.restored("denoising")
+    operator = TASKS["denoising"].make_operator(x.shape[-1]).to(y.device)
+    flow, method = flow.to(y.device), next(m for m in gallery.FLOWS if m in solved)
+    columns = {"measurement": y}
+    for label, start in {"from f(Aᵀy)": y, "from z = 0": None}.items():
+        columns[label], _ = map_estimate(flow, operator, y, operator.sigma**2, start, num_steps)
+    columns[METHODS[method].short] = solved[method]
+    columns = {label: images.cpu() for label, images in columns.items()}
+    below = {label: [f"{value:.1f} dB" for value in psnr(images, x)] for label, images in columns.items()}
+    return columns | {"original": x}, below
