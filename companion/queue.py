@@ -21,12 +21,18 @@ from companion.runs import kept_place, publish
 from companion.settings import Run
 
 TASK_ORDER = ("inpainting", "denoising", "deblurring")
+ONE_FOLD_FIRST = ("glow-1", "glow", "unet", "resnet", "unet-1", "resnet-1")
 
 
 def queue(**choice) -> Iterator[tuple[Experiment, Run]]:
     """Both flows; v2's main rows, each task's likelier start of the flow first; v2's plug-and-play; v1's
-    rows; v2's denoiser starts; more seeds."""
+    rows; v2's denoiser starts; more seeds. In a profile of one fold first: its own rows, a seed at a time."""
     v2 = Experiment(edition="v2", **choice)
+    if v2.profile.starts:
+        for seed in (0, 1, 2):
+            other = Experiment(edition="v2", **choice | {"seed": seed})
+            yield from ((other, other.solver(task, m)) for task in TASK_ORDER for m in ONE_FOLD_FIRST)
+        return
     v1 = Experiment(edition="v1", **choice)
     yield from ((v2, v2.flow(noisy)) for noisy in (False, True))
     starts = {

@@ -9,6 +9,7 @@ import data
 from benchmarks import recipe
 from companion import compute, records, runs
 from companion.experiment import Experiment
+from companion.queue import TASK_ORDER, queue
 from companion.settings import PROFILES
 from companion.training import add_folds, build_solver, train
 from flowlib import Denoising, Glow, GlowProx, UnfoldedPGD, psnr
@@ -159,3 +160,16 @@ def test_what_the_front_page_says_of_the_optimizers_is_recorded():
     assert min(minute for minute, decibels in muon if decibels > adam[1]) < 0.75 * adam[0]
     assert best("muon", "denoising") - best("adam", "denoising") > 0.5
     assert abs(best("muon", "inpainting") - best("adam", "inpainting")) < 0.1
+
+
+def test_the_queue_has_every_row_of_a_profile_of_one_fold_first_once_for_three_seeds():
+    rows = list(queue(profile="muon", dataset="celeba", build="build"))
+    profile = PROFILES["muon"]
+    names = [(run.task, run.method, run.seed) for _, run in rows]
+    assert len(names) == len(set(names))
+    wanted = {(task, m, seed) for task in TASK_ORDER for m in profile.methods[task] for seed in (0, 1, 2)}
+    assert set(names) == wanted
+    for name, start in profile.starts.items():  # what a row starts from stands before it
+        for task, method, seed in names:
+            if method == name:
+                assert names.index((task, start, seed)) < names.index((task, method, seed))
