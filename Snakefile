@@ -45,9 +45,9 @@ CHOICE = shlex.join(
 )
 CODE = sorted(
     str(path)
-    for folder in ("flowlib", "companion")
+    for folder in ("flowlib", "companion", "book/_templates/words")
     for path in Path(folder).rglob("*.*")
-    if path.suffix in (".py", ".js", ".css")
+    if path.suffix in (".py", ".js", ".css", ".md")
 )
 RECORDED = sorted(str(path) for path in Path("results").rglob("*") if path.suffix in (".csv", ".json"))
 

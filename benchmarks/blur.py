@@ -14,9 +14,9 @@ from companion.experiment import Experiment
 from companion.files import write_json
 from companion.paths import RESULTS
 from companion.provenance import provenance
+from companion.results import paper_table
 from companion.runs import ensure
 from companion.settings import METHODS
-from companion.tables import paper_table
 from companion.training import device, train
 from flowlib import Blur, psnr
 from flowlib.images import to_tensor

@@ -4,84 +4,77 @@ import json
 import math
 from collections import defaultdict
 
+import numpy as np
+import pandas as pd
+
+from companion.links import Link, benchmark
 from companion.paths import RESULTS
-from companion.records import comparison, of_seeds
+from companion.results import CPU, Results, Run, frame, rows
 from companion.settings import EDITIONS, METHODS, TASKS
-from companion.tables import Link, benchmark, machine, minutes, record_of
 
 COMPARED = ("glow", "glow-noisy", "unet", "resnet")
 
 
-def spent(record: dict, records: list[dict]) -> float | None:
+def spent(run: Run, runs: list[Run]) -> float | None:
     """Minutes of its machine that a run took, with those of the runs that it starts from; None where one of
     them has no record, or another kind of machine."""
-    found = {r["settings_hash"]: r for r in records if "settings_hash" in r and "training" in r}
-    total, start = minutes(record), record["settings"]["start"]
-    while start:
-        before = found.get(start)
-        if before is None or machine(before) != machine(record):
+    found = {r.settings_hash: r for r in runs if r.minutes is not None}
+    total, before = run.minutes, run
+    while before.start:
+        before = found.get(before.start)
+        if before is None or before.machine != run.machine:
             return None
-        total, start = total + minutes(before), before["settings"]["start"]
+        total += before.minutes
     return total
 
 
-def solvers(task: str, edition: str, records: list[dict]) -> list[dict]:
-    """The compared solvers of one task that have a time, each with "spent", in minutes, and "machine"."""
-    of_task = [r for r in records if r["kind"] == "solver" and r["task"] == task and r["method"] in COMPARED]
-    of_task = [r for r in of_task if r["experiment"]["edition"] == edition and r["psnr"]["mean"] is not None]
-    timed = [r | {"spent": spent(r, records), "machine": machine(r)} for r in of_task]
-    return sorted((r for r in timed if r["spent"]), key=lambda r: r["spent"])
+def solvers(results: Results, edition: str, task: str) -> pd.DataFrame:
+    """The compared solvers of one task that have a time, each with "spent", in minutes, and its "psnr"."""
+    every = rows(results.runs)
+    found = frame(r for r in every if (r.kind, r.edition, r.task) == ("solver", edition, task))
+    found = found[found.method.isin(COMPARED)]
+    measured = [(spent(r, every), r.psnr) for r in rows(found)]
+    found[["spent", "psnr"]] = np.array(measured, dtype=float).reshape(-1, 2)
+    return found.dropna(subset=["spent", "psnr"]).sort_values("spent")
 
 
-def fairness(records: list[dict]) -> list[dict]:
+def fairness(results: Results) -> list[dict]:
     """Rows, one a compared run and seed: what it took, with all that it starts from, how often its training
     went back, and which learning rates its network was tried with."""
-    tried, rows = defaultdict(list), []
+    tried, every = defaultdict(list), rows(results.runs)
     for row in json.loads((RESULTS / "benchmarks/learning_rates.json").read_text(encoding="utf-8"))["rows"]:
         tried[row["method"]].append(f"{row['lr']:g}")
-    for edition in EDITIONS:
-        compared = comparison(records, edition)
-        trained = [r for r in compared if r["kind"] == "solver" and not METHODS[r["method"]].frozen]
-        for r in (one for merged in trained for one in of_seeds(merged) if one["kind"] == "solver"):
-            total, restarts = spent(r, records), r["training"].get("restarts") or ()
-            rows.append(
-                {
-                    "Task": f"{edition}, {TASKS[r['task']].label}",
-                    "Method": METHODS[r["method"]].short,
-                    "Seed": r["experiment"]["seed"],
-                    "Solver, min": f"{minutes(r):.0f}",
-                    "With pre-training, min": "no record on this machine"
-                    if total is None
-                    else f"{total:.0f}",
-                    "On": machine(r),
-                    "Restarts at half the rate": ", ".join(f"{x['step']:,}" for x in restarts) or "–",
-                    "Rate": f"{r['settings']['training']['lr']:g}",
-                    "Rates tried": ", ".join(tried[METHODS[r["method"]].network]) or "–",
-                    "Record": record_of(r),
-                }
-            )
-    return rows
+    compared = [r for edition in EDITIONS for r in rows(results.compared(edition))]
+    trained = [r for merged in compared for r in merged.seeds if r.kind == "solver" and not r.frozen]
+    return [
+        {
+            "Task": f"{r.edition}, {TASKS[r.task].label}",
+            "Method": METHODS[r.method].short,
+            "Seed": r.seed,
+            "Solver, min": r.minutes,
+            "With pre-training, min": spent(r, every) or "no record on this machine",
+            "On": r.machine,
+            "Restarts at half the rate": ", ".join(f"{restart.step:,}" for restart in r.restarts),
+            "Rate": r.lr,
+            "Rates tried": ", ".join(tried[METHODS[r.method].network]),
+            "Record": r.record,
+        }
+        for r in trained
+    ]
 
 
-def slopes(task: str, edition: str, records: list[dict]) -> list[dict]:
+def slopes(results: Results, edition: str, task: str) -> list[dict]:
     """Rows: what each method gained from its shortest to its longest training on a CPU core, in dB for each
     doubling of the time."""
-    by_method = defaultdict(list)
-    for r in solvers(task, edition, records):
-        if r["machine"] == "a CPU core":
-            by_method[r["method"]].append(r)
-    rows = []
-    for method, found in by_method.items():
-        gain = found[-1]["psnr"]["mean"] - found[0]["psnr"]["mean"]
-        doublings = math.log2(found[-1]["spent"] / found[0]["spent"])
+    found, table = solvers(results, edition, task), []
+    for method, group in found[found.machine == CPU].groupby("method", sort=False):
+        ends = group.iloc[0], group.iloc[-1]
+        doublings = math.log2(ends[1].spent / ends[0].spent)
         if doublings >= 1:
-            row = {"Method": METHODS[method].short, "Shortest": _told(found[0]), "Longest": _told(found[-1])}
-            rows.append(row | {"dB a doubling": f"{gain / doublings:.2f}"})
-    return rows
-
-
-def _told(record):
-    return f"{record['psnr']['mean']:.2f} dB, {record['spent']:.0f} min ({record['experiment']['profile']})"
+            told = [f"{r.psnr:.2f} dB, {r.spent:.0f} min ({r.profile})" for r in ends]
+            row = {"Method": METHODS[method].short, "Shortest": told[0], "Longest": told[1]}
+            table.append(row | {"dB a doubling": (ends[1].psnr - ends[0].psnr) / doublings})
+    return table
 
 
 def trials() -> dict[str, dict]:
@@ -116,12 +109,12 @@ def trial_rows(trials: dict[str, dict], labels: dict[str, str]) -> list[dict]:
             {
                 "Trial": label,
                 "Validation, dB": Link(f"{trial['curve'][-1][1]:.2f}", benchmark(f"recipe/{name}").href),
-                "Minutes": f"{trial['minutes']:.1f}",
-                "Images": f"{images:,}",
+                "Minutes": trial["minutes"],
+                "Images": images,
                 "Parameters": f"{trial['num_parameters'] / 1e6:.2f} M",
                 "μ": ", ".join(f"{value:.2f}" for value in trial["step_size"]),
-                "λ": shrinkage or "–",
-                "Outcome": trial["diverged"] or "–",
+                "λ": shrinkage,
+                "Outcome": trial["diverged"],
             }
         )
     return rows

@@ -1,10 +1,9 @@
-"""Plots and tables of the notebooks: every function takes data and returns a matplotlib Figure (or HTML).
+"""Plots: every function takes images or a frame of results (see results.Run) and returns a matplotlib Figure.
 
 Figures have a white background of their own, so that images look alike in a light and a dark page, and are
 drawn small with large type, so that they can still be read on a telephone."""
 
 import functools
-import html
 import io
 
 import matplotlib
@@ -12,31 +11,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython import get_ipython
-from IPython.display import SVG, Markdown
+from IPython.display import SVG
 from matplotlib.ticker import MaxNLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from companion.records import of_seeds
-from companion.settings import EDITION_WORDS, METHODS, TASKS, in_few_words, in_words
-from companion.tables import (
-    PAPER_TABLES,
-    Link,
-    anchor,
-    claims,
-    compare,
-    listed,
-    machine,
-    minutes,
-    outcomes,
-    paper_table,
-    part,
-    plus_minus,
-    record_of,
-    seeds,
-    signed,
-    together,
-    verdict,
-)
+from companion.results import CPU, rows
+from companion.settings import METHODS, TASKS
+from companion.words import listed
 from flowlib.images import to_uint8
 from flowlib.metrics import psnr
 
@@ -186,14 +167,14 @@ def lines(positions, values, xlabel, ylabel):
 
 
 @styled
-def fold_curves(records):
-    """PSNR, latent norm and bits per dimension through the folds of flow solvers, one column a record."""
+def fold_curves(runs):
+    """PSNR, latent norm and bits per dimension through the folds of flow solvers, one column a run."""
     quantities = {"psnr": "PSNR, dB", "latent_norm": "latent norm", "bits_per_dim": "bits per dimension"}
-    figure, axes = plt.subplots(3, len(records), figsize=(WIDTH, 6.4), squeeze=False, sharex="col")
-    for column, record in zip(axes.T, records):
-        colour, folds = COLOURS[record["method"]], record["folds"]
+    figure, axes = plt.subplots(3, len(runs), figsize=(WIDTH, 6.4), squeeze=False, sharex="col")
+    for column, run in zip(axes.T, rows(runs)):
+        colour, folds = COLOURS[run.method], run.folds
         positions = np.arange(1, len(folds) + 1)
-        column[0].set_title(f"{TASKS[record['task']].label}\n{METHODS[record['method']].short}")
+        column[0].set_title(f"{TASKS[run.task].label}\n{METHODS[run.method].short}")
         column[-1].set(xlabel="fold k", xticks=positions)
         for axis, (key, label) in zip(column, quantities.items()):
             before, after = ([fold[k] for fold in folds] for k in (f"{key}_tilde", key))
@@ -214,12 +195,20 @@ def fold_curves(records):
     return figure
 
 
-def mark_restarts(axis, record, history, positions, quality):
-    """A cross where a training, whose validation had fallen, went back to its best weights."""
-    steps = {restart["step"] for restart in record["training"].get("restarts") or ()}
-    back = [point for row, *point in zip(history, positions, quality) if row["step"] in steps]
-    if back:
-        axis.plot(*zip(*back), "x", color=INK, zorder=3, label=SET_BACK)
+def with_curves(runs):
+    """The solvers among runs whose training left a curve."""
+    return runs[[r.kind == "solver" and r.history is not None and len(r.history) > 1 for r in rows(runs)]]
+
+
+def draw_validation(axis, run, colour, scale="images_seen", unit=1, **style):
+    """Validation quality over images seen or minutes, with a cross where a training, whose validation had
+    fallen, went back to its best weights."""
+    history = run.history[run.history.val_loss.astype(bool)]
+    label = METHODS[run.method].short
+    axis.plot(history[scale] / unit, history.dB, "o-", color=colour, label=label, **style)
+    back = history[history.step.isin([restart.step for restart in run.restarts])]
+    if len(back):
+        axis.plot(back[scale] / unit, back.dB, "x", color=INK, zorder=3, label=SET_BACK)
 
 
 def legend_entries(axes):
@@ -229,37 +218,48 @@ def legend_entries(axes):
 
 
 @styled
-def learning_curves(records, paper=None):
+def learning_curves(runs, paper=None):
     """Validation quality, −10 log10 of the mean squared error, over images seen and, where all ran on one
     kind of machine, over minutes of training; one row a task, one line a method. paper: {(task, method):
     PSNR}, drawn as dotted lines in the methods' colours."""
-    records = [r for r in records if r["kind"] == "solver" and len(r["training"]["history"]) > 1]
-    records = [r for r in records if r["method"] in COLOURS]
-    tasks = list(dict.fromkeys(r["task"] for r in records))
-    num_columns = 2 if len({r["trained"]["hardware"] for r in records}) == 1 else 1
+    runs = with_curves(runs)
+    runs = runs[runs.method.isin(COLOURS)]
+    tasks = list(runs.task.unique())
+    scales = {"images_seen": ("thousand images seen", 1000), "minutes": ("minutes of training", 1)}
+    num_columns = 2 if len({r.made["hardware"] for r in rows(runs)}) == 1 else 1
     size = (WIDTH, 0.6 + 2.6 * len(tasks))
     figure, axes = plt.subplots(len(tasks), num_columns, figsize=size, squeeze=False, sharey="row")
-    for row, task in zip(axes, tasks):
-        for r in (r for r in records if r["task"] == task):
-            history = [h for h in r["training"]["history"] if h["val_loss"]]
-            quality = [-10 * np.log10(h["val_loss"]) for h in history]
-            style = dict(ms=3, lw=1.4, color=COLOURS[r["method"]], label=METHODS[r["method"]].short)
-            scales = [[h["images_seen"] / 1000 for h in history], [minutes(r, h) for h in history]]
-            for axis, positions in zip(row, scales):
-                axis.plot(positions, quality, "o-", **style)
-                mark_restarts(axis, r, history, positions, quality)
-        for (of, method), value in (paper or {}).items():
-            if of == task and method in COLOURS:
-                for axis in row:
+    for line, task in zip(axes, tasks):
+        for axis, (scale, (label, unit)) in zip(line, scales.items()):
+            for r in rows(runs[runs.task == task]):
+                draw_validation(axis, r, COLOURS[r.method], scale, unit, ms=3, lw=1.4)
+            for (of, method), value in (paper or {}).items():
+                if of == task and method in COLOURS:
                     axis.axhline(value, color=COLOURS[method], ls=":", lw=1.2)
-        row[0].set(ylabel="validation, dB")
-        row[0].set_title(TASKS[task].label, loc="left")
-    axes[-1, 0].set_xlabel("thousand images seen")
-    if num_columns == 2:
-        axes[-1, 1].set_xlabel("minutes of training")
+            if task == tasks[-1]:
+                axis.set_xlabel(label)
+        line[0].set(ylabel="validation, dB")
+        line[0].set_title(TASKS[task].label, loc="left")
     found = legend_entries(axes[:, 0])
     style = dict(loc="outside upper center", ncols=3 if SET_BACK in found else 4, fontsize=9.5)
     figure.legend(found.values(), found.keys(), **style)
+    return figure
+
+
+@styled
+def validation_curves(runs, paper=None):
+    """Validation quality over images seen, one line a run, of one task. paper: {(task, method): PSNR}."""
+    colours = COLOURS | {"glow-frozen": "#D55E00", "glow-scratch": "#56B4E9"}
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2))
+    for r in rows(runs):
+        draw_validation(axis, r, colours[r.method], ms=4)
+        if (r.task, r.method) in (paper or {}):
+            axis.axhline(paper[r.task, r.method], color=colours[r.method], ls=":", lw=1.2)
+    axis.set(xlabel="images seen", ylabel="validation, dB")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    found = legend_entries([axis])
+    axis.legend(found.values(), found.keys())
     return figure
 
 
@@ -268,30 +268,24 @@ def accuracy_against_compute(solvers, paper):
     """Test PSNR over the minutes that it took, what a solver starts from included, one point a recorded run,
     with the course of its validation; one panel a kind of machine. solvers: see compute.solvers; paper:
     {method: PSNR}, as dotted lines."""
-    kinds = sorted({r["machine"] == "a CPU core" for r in solvers}, reverse=True)
-    size = (WIDTH, 0.6 + 2.7 * len(kinds))
-    figure, axes = plt.subplots(len(kinds), 1, figsize=size, squeeze=False, sharey=True)
-    for axis, of_core in zip(axes[:, 0], kinds):
-        of_kind = [r for r in solvers if (r["machine"] == "a CPU core") == of_core]
-        for r in of_kind:
-            colour, history = COLOURS[r["method"]], [h for h in r["training"]["history"] if h["val_loss"]]
-            before = r["spent"] - minutes(r)
-            positions = [before + minutes(r, h) for h in history]
-            axis.plot(
-                positions, [-10 * np.log10(h["val_loss"]) for h in history], lw=0.8, alpha=0.5, color=colour
-            )
-            style = dict(color=colour, ls="none", label=METHODS[r["method"]].short)
-            axis.plot(r["spent"], r["psnr"]["mean"], "o", **style)
+    panels = [found for of in (True, False) if len(found := solvers[(solvers.machine == CPU) == of])]
+    size = (WIDTH, 0.6 + 2.7 * len(panels))
+    figure, axes = plt.subplots(len(panels), 1, figsize=size, squeeze=False, sharey=True)
+    for axis, panel in zip(axes[:, 0], panels):
+        for r in panel.itertuples():
+            colour, history = COLOURS[r.method], r.history[r.history.val_loss.astype(bool)]
+            positions = r.spent - r.minutes + history.minutes
+            axis.plot(positions, history.dB, lw=0.8, alpha=0.5, color=colour)
+            axis.plot(r.spent, r.psnr, "o", color=colour, ls="none", label=METHODS[r.method].short)
             where = dict(textcoords="offset points", xytext=(5, -9), fontsize=8, color=colour)
-            axis.annotate(r["experiment"]["profile"], (r["spent"], r["psnr"]["mean"]), **where)
+            axis.annotate(r.profile, (r.spent, r.psnr), **where)
         for method, value in paper.items():
             axis.axhline(value, color=COLOURS[method], ls=":", lw=1.2)
-        axis.set(xscale="log", ylabel="dB", xlim=(0.3 * of_kind[0]["spent"], 2.2 * of_kind[-1]["spent"]))
+        machines = listed(["one core" if m == CPU else m for m in sorted(panel.machine.unique())])
+        axis.set(xscale="log", ylabel="dB", xlim=(0.3 * panel.spent.min(), 2.2 * panel.spent.max()))
+        axis.set_xlabel(f"minutes of {machines}, log scale")
         axis.xaxis.set_major_formatter("{x:g}")
-    axes[0, 0].set_ylim(min(r["psnr"]["mean"] for r in solvers) - 1)
-    for axis, of_core in zip(axes[:, 0], kinds):
-        machines = listed(sorted({r["machine"] for r in solvers} - {"a CPU core"}))
-        axis.set_xlabel(f"minutes of {'one core' if of_core else machines}, log scale")
+    axes[0, 0].set_ylim(solvers.psnr.min() - 1)
     found = legend_entries(axes[:, 0])
     figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=4, fontsize=9.5)
     return figure
@@ -317,25 +311,25 @@ def paper_and_ours():
 
 
 @styled
-def psnr_dots(records, paper):
+def psnr_dots(settings, paper):
     """Mean PSNR with its 95 % interval for every run of Table I beside the paper's number; one panel a task.
 
-    records: of one experiment; paper: {(task, method): PSNR}, see tables.paper_table."""
+    settings: those compared; paper: {(task, method): PSNR}, see results.paper_table."""
     tasks = list(dict.fromkeys(task for task, _ in paper))
-    ours = {(r["task"], r["method"]): r["psnr"] for r in records if r["kind"] == "solver"}
-    rows = [[m for m in COLOURS if (task, m) in paper or (task, m) in ours] for task in tasks]
-    heights = [0.85 + 0.25 * len(methods) for methods in rows]
+    ours = {(r.task, r.method): r.scores["test"] for r in rows(settings) if r.kind == "solver"}
+    shown = [[m for m in COLOURS if (task, m) in paper or (task, m) in ours] for task in tasks]
+    heights = [0.85 + 0.25 * len(methods) for methods in shown]
     size = (WIDTH, 0.7 + sum(heights))
     figure, axes = plt.subplots(len(tasks), figsize=size, squeeze=False, height_ratios=heights)
     figure.get_layout_engine().set(hspace=0.06)
-    for axis, task, methods in zip(axes[:, 0], tasks, rows):
+    for axis, task, methods in zip(axes[:, 0], tasks, shown):
         for row, method in enumerate(methods):
             style = dict(color=COLOURS[method], markersize=8, linestyle="none")
             if (task, method) in paper:
                 axis.plot(paper[task, method], row, "D", mfc="white", mew=1.8, **style)
             if (task, method) in ours:
-                value = ours[task, method]
-                axis.errorbar(value["mean"], row, xerr=value["half_width"], fmt="o", capsize=4, **style)
+                score = ours[task, method]
+                axis.errorbar(score.mean, row, xerr=score.half_width, fmt="o", capsize=4, **style)
         axis.set(yticks=range(len(methods)), yticklabels=[METHODS[m].short for m in methods])
         axis.set_ylim(len(methods) - 0.4, -0.6)
         axis.set_title(TASKS[task].label, loc="left")
@@ -414,108 +408,6 @@ def blur_evidence(rows):
     return figure
 
 
-def html_table(rows, caption, sortable=False):
-    """A list of dicts with the same keys as a table for IPython.display.HTML; alike in Lab and in the book.
-    Cells may be tables.Link. sortable: by a click on a heading, with a field to filter by, in the book. Many
-    columns reach into the page's margin there."""
-    if not rows:
-        return f"<p>{html.escape(caption)} No run is recorded yet.</p>"
-
-    def cell(tag, value):
-        text = anchor(value) if isinstance(value, Link) else html.escape(str(value))
-        wrap = "nowrap" if len(str(value)) < 15 else "normal; min-width: 5.5rem"
-        wrap = "normal" if tag == "th" else wrap
-        return f'<{tag} style="text-align: left; white-space: {wrap}">{text}</{tag}>'
-
-    def line(tag, values):
-        return f"<tr>{''.join(cell(tag, value) for value in values)}</tr>"
-
-    body = "".join(line("td", row.values()) for row in rows)
-    classes = "table dataframe" + " sortable" * sortable + " full-width" * (len(rows[0]) > 5)
-    return (
-        f'<table class="{classes}"><caption><span class="caption-text">'
-        f"{html.escape(caption)}</span></caption>"
-        f"<thead>{line('th', rows[0])}</thead><tbody>{body}</tbody></table>"
-    )
-
-
-# What the pages of the experiments share.
-
-
-def with_curves(records, task):
-    """The records of one task whose training left a curve."""
-    of_task = [r for r in records if r["kind"] == "solver" and r["task"] == task]
-    return [r for r in of_task if len(r["training"]["history"]) > 1]
-
-
-@styled
-def validation_curves(records, paper=None):
-    """Validation quality over images seen, one line a record, of one task. paper: {(task, method): PSNR}."""
-    colours = COLOURS | {"glow-frozen": "#D55E00", "glow-scratch": "#56B4E9"}
-    figure, axis = plt.subplots(figsize=(WIDTH, 3.2))
-    for r in records:
-        history = [h for h in r["training"]["history"] if h["val_loss"]]
-        seen, quality = [h["images_seen"] for h in history], [-10 * np.log10(h["val_loss"]) for h in history]
-        axis.plot(seen, quality, "o-", color=colours[r["method"]], ms=4, label=METHODS[r["method"]].short)
-        mark_restarts(axis, r, history, seen, quality)
-        if (r["task"], r["method"]) in (paper or {}):
-            axis.axhline(paper[r["task"], r["method"]], color=colours[r["method"]], ls=":", lw=1.2)
-    axis.set(xlabel="images seen", ylabel="validation, dB")
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.xaxis.set_major_locator(MaxNLocator(5))
-    found = legend_entries([axis])
-    axis.legend(found.values(), found.keys())
-    return figure
-
-
-def beside_paper(task, methods, paper, kept, here, evaluation=None):
-    """Rows, one a method: the paper's number, that of the recorded run (kept), which leads to its record, and
-    that of the one just made."""
-    recorded, made = outcomes(kept, evaluation), outcomes(here, evaluation)
-
-    def ours(record):
-        if record is None or record["kind"] == "failed":
-            return "diverged" if record else "not run"
-        text, each = plus_minus(part(record, evaluation)["psnr"]), seeds(record, evaluation)
-        return f"{text}, mean over seeds ({each})" if each != "1" else text
-
-    def seen(record):
-        return f"{record['training']['images_seen']:,}" if record else "–"
-
-    def row(method):
-        old, new = recorded.get((task, method)), made.get((task, method))
-        return {
-            "Method": METHODS[method].label,
-            "Paper, dB": f"{paper[task, method]:.2f}" if (task, method) in paper else "–",
-            "Recorded, dB": Link(ours(old), record_of(old).href) if old else "not run",
-            "Images seen": seen(old),
-            "Here, dB": ours(new),
-            "Images seen here": f"{seen(new)}, {minutes(new):.1f} min" if new else "–",
-        }
-
-    return [row(method) for method in methods]
-
-
-def every_run(task, edition, records):
-    """Rows, one a recorded run of a task, whatever its budget: what it had, and what came out."""
-    here = [r for r in records if r["kind"] == "solver" and r["task"] == task]
-    return [
-        {
-            "Method": METHODS[r["method"]].label,
-            "Ours, dB": plus_minus(r["psnr"]),
-            "Profile": r["experiment"]["profile"],
-            "Seed": r["experiment"]["seed"],
-            "Parameters a fold": f"{r['num_parameters']:,}",
-            "Images seen": f"{r['training']['images_seen']:,}",
-            "Minutes": f"{minutes(r):.1f}",
-            "On": machine(r),
-            "Record": record_of(r),
-        }
-        for r in sorted(here, key=lambda r: -r["psnr"]["mean"])
-        if r["experiment"]["edition"] == edition
-    ]
-
-
 @photographs
 def fold_diagram(y, x0, folds, numbers, original):
     """The folds of one image as a diagram: each row one fold, the image after its data step, the path through
@@ -557,205 +449,3 @@ def fold_diagram(y, x0, folds, numbers, original):
         arrow((centre + 0.58, middle), (right - 0.03, middle), "$g_k$")
     axis.set(xlim=(0, WIDTH), ylim=(bottom, side + 0.3))
     return figure
-
-
-def likelihood_sentence(record):
-    """Whether the likelihood rises through the folds of a flow solver, in words, from its record."""
-    folds = record["folds"]
-    if any(value is None for fold in folds for value in fold.values()):
-        return "not all of its numbers are finite, so nothing can be said."
-    inside = [k for k, fold in enumerate(folds, start=1) if fold["bits_per_dim"] < fold["bits_per_dim_tilde"]]
-    path = [fold["bits_per_dim"] for fold in folds]
-    between = all(after < before for before, after in zip(path, path[1:]))
-    some = f"only in fold{'s' * (len(inside) > 1)} {listed([*map(str, inside)])}" if inside else "in no fold"
-    within = "in every fold" if len(inside) == len(folds) else some
-    trail = " → ".join(f"{value:.2f}" for value in path)
-    steady = "rises from fold to fold" if between else "does not rise from fold to fold"
-    return (
-        f"the prox raises the likelihood {within}, and what leaves the folds ({trail} bits per dimension, "
-        f"each by its own flow) {steady}."
-    )
-
-
-def fold_rows(records):
-    """Rows, one a fold of each flow solver: what it learnt and did, means over the test images."""
-
-    def shown(value, form):
-        return "not finite" if value is None else format(value, form)
-
-    return [
-        {
-            "Task": TASKS[r["task"]].label,
-            "Prox": METHODS[r["method"]].short,
-            "Fold": k,
-            "μ": f"{fold['step_size']:.3f}",
-            "λ": f"{fold['shrinkage']:+.3f}",
-            "PSNR x̃, dB": shown(fold["psnr_tilde"], ".2f"),
-            "PSNR x, dB": shown(fold["psnr"], ".2f"),
-            "Worth, dB": shown(fold["worth"], ".2f") if "worth" in fold else "–",
-            "‖z̃‖": shown(fold["latent_norm_tilde"], ".1f"),
-            "‖z‖": shown(fold["latent_norm"], ".1f"),
-            "bits/dim x̃": shown(fold["bits_per_dim_tilde"], ".2f"),
-            "bits/dim x": shown(fold["bits_per_dim"], ".2f"),
-        }
-        for r in records
-        for k, fold in enumerate(r["folds"], start=1)
-    ]
-
-
-def _above(difference, rival, half_width=None):
-    """ "0.60 ± 0.43 dB above U-Net" """
-    side = "above" if difference > 0 else "below"
-    sure = "" if half_width is None else f" ± {half_width:.2f}"
-    return f"{abs(difference):.2f}{sure} dB {side} {METHODS[rival].short}"
-
-
-def _rivals(name, edition, task):
-    """Those that one of the paper's tables compares its flow with in a task."""
-    pairs, printed = PAPER_TABLES[name, edition].pairs, paper_table(name, edition)
-    return [second for first, second in pairs if first == "glow" and (task, second) in printed]
-
-
-SPREADS = "their spread is a method's own where it has three seeds, else pooled over the task's methods"
-
-
-def in_short(name, edition, task, kept, others=()):
-    """The claim of a page: by how much the paper's flow is above its rivals, by how much ours, with the
-    verdicts of tables.claims, and what ± covers. others: see tables.together."""
-    rivals, printed = _rivals(name, edition, task), paper_table(name, edition)
-    if not rivals:
-        return ""
-    paper = [_above(printed[task, "glow"] - printed[task, rival], rival) for rival in rivals]
-    sentences = [f"Table {name} of the paper's {EDITION_WORDS[edition]} has GLOW {listed(paper)}."]
-    ours, counts, seeded = {}, {}, False
-    for rival in rivals:
-        found = together(kept, others, name, edition, task, "glow", rival)
-        pair = compare(found, name, edition, task, "glow", rival, others)
-        if pair:
-            where = in_words(next(r for r in found if r["kind"] == "solver")["experiment"])
-            for method, number, whose in zip(("glow", rival), pair.num_seeds, pair.spread):
-                counts[method] = f"{number} of {METHODS[method].short}" + f", {whose}" * bool(whose)
-            seeded |= any(pair.spread)
-            text = f"{_above(pair.difference, rival, pair.half_width)} (**{verdict(pair)}**)"
-            ours.setdefault(where, []).append(text)
-    if not ours:
-        return f"**In short.** {sentences[0]} The two were not run, so there is no answer yet."
-    for where, texts in ours.items():
-        sentences.append(f"In the recorded runs, trained {where}, it is {listed(texts)}.")
-    spread = f" and over seeds ({'; '.join(counts.values())}; {SPREADS})"
-    alone = " alone; there is one seed of each"
-    sentences.append(f"± is the 95 % interval over test images{spread if seeded else alone}.")
-    return f"**In short.** {' '.join(sentences)}"
-
-
-def verdicts(name, edition, task, kept, others=()):
-    """HTML: tables.claims of one task."""
-    rows = claims(name, edition, kept, others, task)
-    rows = [{key: cell for key, cell in row.items() if key not in ("Task", "Page")} for row in rows]
-    caption = "What the paper concludes from its table, and what the recorded runs say."
-    alone, borrowed = (any(mark in row["Ours, dB"] for row in rows) for mark in "¹²")
-    caption += " ¹ One seed of each: ± is over images alone." * alone
-    caption += " ² One seed of each: their spread is that of v2's runs of this kind of task." * borrowed
-    return html_table(rows, caption)
-
-
-def on_this_page(name, edition, task, kept, here):
-    """What came out of the runs made on a page, in words, without a verdict; None where there were none."""
-    known = {
-        (r["settings_hash"], r["data"]["pixels_sha256"])
-        for k in kept
-        if k["kind"] == "solver"
-        for r in of_seeds(k)
-    }
-    solved = [r for r in here if r["kind"] == "solver"]
-    if solved and all((r["settings_hash"], r["data"]["pixels_sha256"]) in known for r in solved):
-        return Markdown("The runs of this page are the recorded ones.")
-    pairs = {m: compare(here, name, edition, task, "glow", m) for m in _rivals(name, edition, task)}
-    pairs = {m: pair for m, pair in pairs.items() if pair}
-    if not pairs:
-        return None
-    told = [_above(pair.difference, m, pair.half_width) for m, pair in pairs.items() if not pair.reason]
-    doubts = list(dict.fromkeys(pair.reason for pair in pairs.values() if pair.reason))
-    found = f"GLOW is {listed(told)}" if told else "no comparison is made"
-    found += f"; not compared: {'; '.join(doubts)}" if doubts else ""
-    names = solved[0]["experiment"]
-    drawn = " Drawn faces test the code and decide nothing about the paper."
-    drawn *= names["dataset"].startswith("synthetic")
-    return Markdown(f"In the runs of this page, trained {in_few_words(names)}, {found}.{drawn}")
-
-
-def by_heart(records):
-    """A sentence where all of these solvers fit their training images far better than new ones; else ""."""
-    kept = {METHODS[r["method"]].short: r["training"] for r in records}
-    ends = {name: np.mean([row["loss"] for row in t["history"][-3:]]) for name, t in kept.items()}
-    ratios = {name: t["best_val_loss"] / ends[name] for name, t in kept.items()}
-    if min(ratios.values()) < 1.5:
-        return ""
-    told = listed([f"{ratio:.1f} times for {name}" for name, ratio in ratios.items()])
-    number = records[0]["data"]["split"]["train"]
-    return (
-        f"The mean squared error in validation is {told} what it is at last on the {number:,} training "
-        "images: the solvers come to know these by heart, and longer training would not help on new faces."
-    )
-
-
-def images_seen(records, task, methods):
-    """A sentence: the recorded budgets."""
-    seen = [
-        f"{r['training']['images_seen']:,} for {METHODS[r['method']].short}"
-        for r in records
-        if r["kind"] == "solver" and r["task"] == task and r["method"] in methods
-    ]
-    told = f"training images seen, with repetition, in the recorded runs: {listed(seen)}"
-    return f"The order is one at this budget ({told})." if seen else ""
-
-
-def proxes_sentence(records):
-    """In which folds of recorded flow solvers the prox raises the PSNR, and in which it lowers it."""
-    told = []
-    for r in records:
-        pairs = [(fold["psnr_tilde"], fold["psnr"]) for fold in r["folds"]]
-        if all(None not in pair for pair in pairs):
-            gains = [f"{signed(b - a)} dB in fold {k}" for k, (a, b) in enumerate(pairs, start=1)]
-            told.append(f"of {METHODS[r['method']].short} by {listed(gains)}")
-    return f"In the recorded runs the prox changes the mean PSNR: that {'; that '.join(told)}." * bool(told)
-
-
-def change_sentence(records, task, methods, evaluation, change):
-    """What recorded solvers lose or gain out of distribution; change: "from photographs to anime faces"."""
-    told = []
-    for r in records:
-        if r["kind"] == "solver" and r["task"] == task and r["method"] in methods and part(r, evaluation):
-            moved = part(r, evaluation)["psnr"]["mean"] - r["psnr"]["mean"]
-            told.append(f"{signed(moved)} dB for {METHODS[r['method']].short}")
-    return f"In the recorded runs the mean PSNR changes, {change}, by {listed(told)}." if told else ""
-
-
-def all_told_sentence(records):
-    """Where the recorded flow stands in inpainting with a smaller hole if all folds are told of it."""
-    found = {r["method"]: r["ood_measurements"]["psnr"]["mean"] for r in records if r["kind"] == "solver"}
-    found = {m: found[m] for m in ("glow", "unet", "resnet") if m in found}
-    if len(found) < 3:
-        return ""
-    place = ("first", "second", "last")[sorted(found.values(), reverse=True).index(found["glow"])]
-    told = listed([f"{METHODS[m].short} {value:.2f} dB" for m, value in found.items()])
-    return (
-        "Here only the last fold is told of the smaller hole, as the paper words it; with all folds told the "
-        f"flow is {place} ({told})."
-    )
-
-
-def readings_sentence(records, methods):
-    """What the smaller hole does to each inpainting solver, by who knows of it, in words."""
-    told = []
-    for r in records:
-        if r["kind"] == "solver" and r["task"] == "inpainting" and r["method"] in methods:
-            literal, everywhere = (
-                r[key]["psnr"]["mean"] - r["psnr"]["mean"]
-                for key in ("ood_measurements_last_fold", "ood_measurements")
-            )
-            told.append(
-                f"{METHODS[r['method']].short} by {signed(literal)} dB where the last fold alone knows of it "
-                f"and by {signed(everywhere)} dB where all folds do"
-            )
-    return f"In the recorded runs the smaller hole changes {listed(told)}." if told else ""

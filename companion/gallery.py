@@ -8,11 +8,11 @@ import torch
 
 from companion import figures
 from companion.experiment import Experiment
+from companion.links import anchor, record_of
 from companion.paths import RESULTS
 from companion.records import describe_folds, last_fold_only, measured, read, reconstruct, recorded
 from companion.runs import is_finished, kept_experiments, kept_model, kept_place, load
 from companion.settings import METHODS, TASKS, Run
-from companion.tables import anchor, record_of
 from data.portraits import portraits
 from data.synthetic import draw_faces
 from flowlib import GlowProx, UnfoldedPGD, psnr

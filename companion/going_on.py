@@ -3,27 +3,27 @@ comes out otherwise then."""
 
 import json
 
+from companion.links import Link
 from companion.paths import RESULTS
-from companion.records import comparison
-from companion.settings import METHODS
-from companion.tables import (
+from companion.results import (
     Comparison,
-    Link,
+    Results,
+    decide,
     over_images_and_seeds,
     paper_table,
-    plus_minus,
+    rows,
     spread_of_seeds,
-    verdict,
 )
+from companion.settings import METHODS
+from companion.words import lead, plus_minus
 
 FOLDER = "benchmarks/going_on"
 
 
-def gone_on(task: str, records: list[dict]) -> dict[str, dict]:
-    """{method: record} of solvers that are among records: the flow as before, its rivals with BatchNorm fixed
-    to its averages; edition v2."""
-    seen = {r.get("settings_hash"): r["training"]["images_seen"] for r in records if "training" in r}
-    found = {}
+def gone_on(results: Results, task: str) -> dict[str, dict]:
+    """{method: record} of solvers that are among the results: the flow as before, its rivals with BatchNorm
+    fixed to its averages; edition v2."""
+    seen, found = dict(zip(results.runs.settings_hash, results.runs.images_seen)), {}
     for method in METHODS:
         name = f"{task}-{method}-{'going-on' if method == 'glow' else 'fixed-norms'}.json"
         for path in (RESULTS / FOLDER).glob(f"*/{name}"):
@@ -34,42 +34,41 @@ def gone_on(task: str, records: list[dict]) -> dict[str, dict]:
     return found
 
 
-def lead(task: str, records: list[dict]) -> dict[str, Comparison]:
+def above(results: Results, task: str) -> dict[str, Comparison]:
     """{rival: how far the flow is above it}, over images and, with the spread of the recorded solvers, over
     seeds, of which each has one here."""
-    values = {method: r["psnr"]["values"] for method, r in gone_on(task, records).items()}
-    flow, paper = values.pop("glow", None), paper_table("I", "v2")
-    solvers = [r for r in comparison(records, "v2") if r["kind"] == "solver" and r["task"] == task]
-    found = {}
-    for method, of_rival in values.items() if flow else ():
-        terms, spread = spread_of_seeds(solvers, None, {"glow": 1, method: 1})
-        printed = paper[task, "glow"] - paper[task, method]
-        difference, half_width, p = over_images_and_seeds(flow, of_rival, terms)
-        found[method] = Comparison(difference, half_width, printed, (1, 1), "", spread, p)
+    values = {method: r["psnr"]["values"] for method, r in gone_on(results, task).items()}
+    flow, paper, found = values.pop("glow", None), paper_table("I", "v2"), {}
+    for rival, of_rival in values.items() if flow else ():
+        solvers = rows(results.compared("v2", task))
+        terms, spread = spread_of_seeds(solvers, "test", {"glow": 1, rival: 1})
+        numbers = dict(zip(("difference", "half_width", "p"), over_images_and_seeds(flow, of_rival, terms)))
+        printed = paper[task, "glow"] - paper[task, rival]
+        verdict = decide(numbers["difference"], numbers["half_width"], printed)
+        about = dict(paper=printed, verdict=verdict, spread=spread)
+        found[rival] = Comparison("I", "v2", task, "glow", rival, **about, **numbers)
     return found
 
 
-def rows(task: str, records: list[dict]) -> list[dict]:
-    """One a solver: its result as recorded and now."""
-    above = lead(task, records)
+def table(results: Results, task: str) -> list[dict]:
+    """Rows, one a solver: its result as recorded and now."""
+    leads = above(results, task)
     return [
         {
             "Method": METHODS[method].short + ", BatchNorm fixed" * r["fixed_norms"],
             "Seed": r["experiment"]["seed"],
-            "Images seen": f"{r['images_seen']:,}",
+            "Images seen": r["images_seen"],
             "As recorded, dB": plus_minus(r["before"]),
             "Now, dB": Link(plus_minus(r["psnr"]), f"../records/{FOLDER}/{r['place']}"),
-            "GLOW above it, dB": above[method].text if method in above else "–",
+            "GLOW above it, dB": lead(leads[method]) if method in leads else None,
         }
-        for method, r in gone_on(task, records).items()
+        for method, r in gone_on(results, task).items()
     ]
 
 
-def outcome(task: str, records: list[dict]) -> tuple[str, str] | None:
-    """How the flow then stands to the better of its rivals, as a verdict and in words; None where one of the
-    three has not gone on."""
-    above = lead(task, records)
-    if not {"unet", "resnet"} <= set(above):
+def outcome(results: Results, task: str) -> Comparison | None:
+    """How the flow then stands to the better of its rivals; None where one of the three has not gone on."""
+    found = above(results, task)
+    if not {"unet", "resnet"} <= set(found):
         return None
-    rival = min(above, key=lambda method: above[method].difference)
-    return verdict(above[rival]), f"{above[rival].text} dB ({METHODS[rival].short})"
+    return min(found.values(), key=lambda pair: pair.difference)

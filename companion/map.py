@@ -7,10 +7,11 @@ import numpy as np
 
 from companion import gallery
 from companion.figures import COLOURS, GREY, WIDTH, styled
+from companion.links import Link, benchmark, record_of
 from companion.paths import RESULTS
-from companion.records import comparison, mean_and_interval, of_seeds
+from companion.records import mean_and_interval
 from companion.settings import METHODS, TASKS
-from companion.tables import Link, benchmark, listed, plus_minus, record_of, signed
+from companion.words import listed, plus_minus, signed
 from flowlib import map_estimate, psnr
 
 SHOWN = ("denoising", "inpainting", "deblurring")
@@ -29,14 +30,9 @@ def recorded(folder: str = "map", needs: str = "test") -> dict[str, dict]:
 
 
 def solvers(record: dict, records: list[dict]) -> dict[str, dict]:
-    """{method: record} of the solvers that are compared in the tables and got the very measurements of this
-    one, those of its seed, on its images."""
-    names = record["experiment"]
-    found = {}
-    for r in (one for merged in comparison(records, names["edition"]) for one in of_seeds(merged)):
-        same = r["kind"] == "solver" and r["task"] == record["task"]
-        if same and r["experiment"]["seed"] == names["seed"] and r["data"] == record["data"]:
-            found[r["method"]] = r
+    """{method: record} of the solvers of the same experiment, which got the very measurements of this one."""
+    same = {name: record[name] for name in ("task", "experiment", "data")}
+    found = {r["method"]: r for r in records if r["kind"] == "solver" and same.items() <= r.items()}
     return {method: found[method] for method in METHODS if method in found}
 
 

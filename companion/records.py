@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from companion.files import write_json
 from companion.paths import RESULTS
 from companion.provenance import provenance
-from companion.settings import PROFILES, TASKS, evaluation_code, training_code
+from companion.settings import TASKS, evaluation_code, training_code
 from companion.training import batches, device
 from flowlib import psnr, ssim
 from flowlib.images import dequantize, to_tensor
@@ -41,79 +40,6 @@ def read(paths) -> list[dict]:
 def recorded() -> list[dict]:
     """Records kept in results/runs/."""
     return read(sorted((RESULTS / "runs").rglob("*.json")))
-
-
-def comparison(records: list[dict], edition: str) -> list[dict]:
-    """The records of one edition to compare, seeds merged: profiles must not be mixed within a task, so for
-    each task those of one profile and data set are taken, of the one whose main methods are all there and
-    whose least trained one was trained for longest, unless another profile supersedes it. Classical methods
-    need no training: they come from any profile on the same images."""
-
-    def key(record):
-        return tuple(record["experiment"][name] for name in ("profile", "dataset"))
-
-    of_edition = [r for r in merged(records) if r["experiment"]["edition"] == edition]
-    groups = defaultdict(lambda: defaultdict(list))
-    for r in of_edition:
-        if r["kind"] in ("solver", "failed"):
-            groups[r["task"]][key(r)].append(r)
-
-    def rank(group):
-        seen = {r["method"]: r["training"]["images_seen"] for r in group}
-        flow = max((seen[method] for method in ("glow", "glow-noisy") if method in seen), default=0)
-        least = min(seen.get("unet", 0), seen.get("resnet", 0), flow)
-        return least, max(seen.values())
-
-    def superseded(name, of_task):
-        """Whether a profile of better trained runs has all that is compared."""
-        better = [of_task.get((p, name[1]), []) for p, made in PROFILES.items() if made.supersedes == name[0]]
-        return any({"glow", "unet", "resnet"} <= {r["method"] for r in group} for group in better)
-
-    chosen = []
-    for of_task in groups.values():
-        chosen += max((g for name, g in of_task.items() if not superseded(name, of_task)), key=rank)
-    pixels = {r["data"]["pixels_sha256"] for r in chosen if "data" in r}
-    return chosen + [
-        r for r in of_edition if r["kind"] == "classical" and r["data"]["pixels_sha256"] in pixels
-    ]
-
-
-def merged(records: list[dict]) -> list[dict]:
-    """One record for all seeds of a setting: that of the lowest seed, but every image's PSNR and SSIM are
-    means over seeds; "seeds" holds the records that it was made of, see of_seeds."""
-    groups = defaultdict(list)
-    for r in records:
-        names = r["experiment"]
-        groups[names["profile"], names["dataset"], names["edition"], r["name"]] += of_seeds(r)
-    return [_mean_over_seeds(sorted(group, key=_seed)) for group in groups.values()]
-
-
-def of_seeds(record: dict) -> list[dict]:
-    """The records, one a seed, that a merged one was made of; of any other, itself."""
-    return record.get("seeds", [record])
-
-
-def _seed(record):
-    return record["experiment"]["seed"]
-
-
-def _mean_over_seeds(group):
-    trained = [r for r in group if r["kind"] == "solver"]
-    if len(group) == 1 or not trained:
-        return group[0]
-    return _mean_quality(trained) | {"seeds": group}
-
-
-def _mean_quality(parts):
-    """The first of these records, or evaluations in them, with means for what was measured of each image."""
-    mean = dict(parts[0])
-    for key in parts[0]:
-        if key in ("psnr", "ssim", "psnr_measurement"):
-            values = np.array([part[key]["values"] for part in parts], dtype=float)  # None becomes NaN
-            mean[key] = statistics(values.mean(axis=0).tolist())
-        elif key.startswith("ood_") and all(part.get(key) for part in parts):
-            mean[key] = _mean_quality([part[key] for part in parts])
-    return mean
 
 
 def mean_and_interval(values, level: float = 0.95) -> tuple[float, float]:

@@ -2,16 +2,18 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from companion import figures, front, gallery, going_on, paths, records, tables
+from companion import front, gallery, going_on, paths, records, results, tables
+from companion.results import Verdict
 from data.portraits import portraits
 from flowlib import psnr
 from flowlib.checkpoints import load_tensors
-from tests.test_runs import solver_record
+from tests.test_results import in_short, solver_record
 
 KEPT = bool(gallery.kept_records("inpainting"))
 needs_kept = pytest.mark.skipif(not KEPT, reason="no model is kept in results/checkpoints")
@@ -24,69 +26,82 @@ def three(task, glow, unet, resnet):
 
 def test_the_bottom_line_follows_the_records():
     found = three("inpainting", 33, 32, 31) + three("deblurring", 34, 30, 35) + three("denoising", 19, 25, 26)
-    first, last = front.bottom_line(found)  # one size alone
+    found = results.load(found)
+    first, last = front.paragraphs(found)  # one size alone
     assert "restores best in inpainting, but not in deblurring (the ResNet is ahead).**" in first
     assert first.endswith("Undecided: denoising.")  # below its own measurement
-    claims = tables.every_claim(found)
-    assert f"have {len(claims)} orders" in last and "1 seed, like its rivals" in last
+    assert f"have {{doc}}`{len(found.claims)} orders <" in last and "1 seed, like its rivals" in last
     # The paper has the flow above a U-Net or ResNet in 31 of them, above a pre-trained one in 4.
-    above, pre_trained, others = front.for_the_flow(claims)
-    assert (len(above), len(pre_trained)) == (31, 4) and len(above + pre_trained + others) == len(claims)
-    assert tables.counted(above) == "3 *same sign*, 1 *the opposite*, 2 *no claim*, 25 *not run*"
-    assert f"Of the 31 in which the flow is above a U-Net or ResNet: {tables.counted(above)}." in last
+    above, pre_trained, others = front.for_the_flow(found.claims)
+    assert (len(above), len(pre_trained)) == (31, 4)
+    assert len(above + pre_trained + others) == len(found.claims)
+    counted = "3 *same sign*, 1 *the opposite*, 2 *no claim*, 25 *not run*"
+    assert f"Of the 31 in which the flow is above a U-Net or ResNet: {counted}." in last
     assert f"Of the other {len(others)}: {len(others)} *not run*." in last
 
 
 def test_more_training_may_change_the_verdict(monkeypatch):
     found = three("inpainting", 33, 32, 31) + three("deblurring", 34, 30, 35) + three("denoising", 19, 25, 26)
-    assert front.with_more_training(found) == []  # none of these has gone on
-    now = {"inpainting": ("not distinguishable", "+0.10 ± 0.20 dB (U-Net)")}
-    now["deblurring"] = "the opposite", "−0.50 ± 0.10 dB (ResNet)"
-    monkeypatch.setattr(front.going_on, "outcome", lambda task, _: now.get(task))
-    (told,) = front.with_more_training(found)
+    found, tasks = results.load(found), ("inpainting", "deblurring")
+    pairs = {task: found.compare("I", "v2", task) for task in tasks}
+    assert not any("more training" in text for text in front.paragraphs(found))  # none of these has gone on
+    now = {"inpainting": replace(pairs["inpainting"], verdict=Verdict.UNDECIDED, half_width=2.0)}
+    now["deblurring"] = replace(
+        pairs["deblurring"], verdict=Verdict.OPPOSITE, second="resnet", difference=-0.5
+    )
+    monkeypatch.setattr(front.going_on, "outcome", lambda _, task: now.get(task))
+    told = front.paragraphs(found)[1]
     assert told.startswith("**With more training inpainting is *not distinguishable*.**")
-    assert told.endswith("+0.10 ± 0.20 dB (U-Net) in inpainting and −0.50 ± 0.10 dB (ResNet) in deblurring.")
+    assert told.endswith(
+        "+1.00 ± 2.00¹ dB (U-Net) in inpainting and −0.50 ± 0.00¹ dB (ResNet) in deblurring."
+    )
     del now["inpainting"]
-    assert front.with_more_training(found)[0].startswith("**The same with more training.**")
+    assert front.paragraphs(found)[1].startswith("**The same with more training.**")
 
 
 def test_solvers_that_went_on_are_recorded_ones():
-    found = records.recorded()
+    found, every = results.load(), records.recorded()
     for task in front.MAIN_TASKS:
-        assert set(going_on.lead(task, found)) == {"unet", "resnet"}
-        for row, (method, went_on) in zip(going_on.rows(task, found), going_on.gone_on(task, found).items()):
-            start = next(r for r in found if r.get("settings_hash") == went_on["settings_hash"])
+        assert set(going_on.above(found, task)) == {"unet", "resnet"}
+        for row, (method, went_on) in zip(going_on.table(found, task), going_on.gone_on(found, task).items()):
+            start = next(r for r in every if r.get("settings_hash") == went_on["settings_hash"])
             assert start["method"] == method and went_on["fixed_norms"] == (method != "glow")
             assert went_on["before"]["mean"] == pytest.approx(start["psnr"]["mean"], abs=0.02)
             assert went_on["images_seen"] > start["training"]["images_seen"]
-            assert (row["GLOW above it, dB"] == "–") == (method not in going_on.lead(task, found))
+            assert (row["GLOW above it, dB"] is None) == (method not in going_on.above(found, task))
 
 
 def test_the_bottom_line_leads_to_its_numbers():
     found = three("inpainting", 33, 32, 31) + three("deblurring", 34, 30, 35) + three("denoising", 19, 25, 26)
-    assert "orders <../notebooks/tables>`" in front.with_links(front.bottom_line(found)[-1])
-    heads, _, best, *others = front.scoreboard(found)
-    assert heads.count("|") == best.count("|") == 5 and len(others) == len(front.CLAIMS) - 1
+    lines = front.front(results.load(found)).split("\n")
+    heads, _, best, *others = [line for line in lines if line.startswith("|")][: 2 + len(front.SENTENCES)]
+    assert heads.count("|") == best.count("|") == 5 and len(others) == len(front.SENTENCES) - 1
     assert "✓ {doc}`+1.00 ± 0.00¹ <../notebooks/in_distribution-inpainting>` (+0.77) U-Net" in best
     assert "✗ {doc}`−1.00 ± 0.00¹ <../notebooks/in_distribution-deblurring>` (+4.99) ResNet" in best
     assert "? {doc}`" in best and all("not run" in row for row in others)
+    assert any("orders <../notebooks/tables>`" in line for line in lines)
+
+
+def test_without_recorded_runs_the_front_page_says_so():
+    assert front.front(results.load([])).startswith("No run on real faces is recorded yet; {doc}`build`")
 
 
 def test_the_flow_is_held_against_rivals_that_are_pre_trained_too():
     found = three("inpainting", 33, 32, 31)
-    assert "pre-trained" not in front.bottom_line(found)[0]
+    assert "pre-trained" not in front.paragraphs(results.load(found))[0]
     values = {"unet-denoiser": 33, "resnet-denoiser": 32}
-    found += [solver_record(method, value, task="inpainting") for method, value in values.items()]
-    outcomes = [front.decided(front.CLAIMS[1], task, found)[0] for task in ("inpainting", "denoising")]
-    assert outcomes == ["not distinguishable", "–"]
+    more = [*found, *(solver_record(method, value, task="inpainting") for method, value in values.items())]
+    both, pre_trained = results.load(more), list(front.SENTENCES)[1]
+    assert front.decided(both, pre_trained, "inpainting").verdict is Verdict.UNDECIDED
+    assert front.decided(both, pre_trained, "denoising") is None  # the paper has none
     told = "pre-trained as denoisers it is +0.00 ± 0.00¹ dB in inpainting (U-Net, denoiser: *not"
-    assert told in front.bottom_line(found)[0]
-    assert "above U-Net, denoiser" in figures.in_short("I", "v2", "inpainting", found)
+    assert told in front.paragraphs(both)[0]
+    assert "above U-Net, denoiser" in in_short("I", "v2", "inpainting", more)
 
 
 def test_one_rival_ahead_is_enough():
     def verdict(found):
-        return front.decided(front.CLAIMS[0], "inpainting", found)[0]
+        return front.decided(results.load(found), next(iter(front.SENTENCES)), "inpainting").outcome
 
     assert verdict(three("inpainting", 33, 19, 34)) == "the opposite"  # the U-Net learnt nothing
     assert verdict(three("inpainting", 33, 19, 31)).startswith("no claim")
@@ -96,10 +111,8 @@ def test_one_rival_ahead_is_enough():
 
 
 def test_every_number_leads_to_its_record():
-    for row in tables.every_number(
-        [r for e in ("v2", "v1") for r in records.comparison(records.recorded(), e)]
-    ):
-        if row["Record"] != "–":
+    for row in tables.every_number(results.load()):
+        if row["Record"]:
             place = row["Record"].href.removeprefix("../records/")
             assert (records.RESULTS / "runs" / place).exists(), place
 

@@ -7,7 +7,7 @@ import torch
 
 import data
 from benchmarks import recipe
-from companion import compute, records, runs
+from companion import compute, records, results, runs
 from companion.experiment import Experiment
 from companion.queue import TASK_ORDER, queue
 from companion.settings import PROFILES
@@ -76,8 +76,9 @@ def test_four_folds_start_where_one_ended(staged):
     torch.testing.assert_close(four(x, Denoising(0.2)), one(x, Denoising(0.2)), atol=1e-4, rtol=0)
     record = runs.ensure(staged, run)
     assert record["settings"]["start"] == run.start.settings_hash and record["num_folds"] == 4
-    every = [runs.ensure(staged, r) for r in (staged.flow(), run.start, run)]
-    assert compute.spent(record, every) == pytest.approx(sum(compute.minutes(r) for r in every))
+    found = results.load(runs.ensure(staged, r) for r in (staged.flow(), run.start, run))
+    every = results.rows(found.runs)
+    assert compute.spent(every[-1], every) == pytest.approx(found.runs.minutes.sum())
 
 
 def test_a_blind_denoiser_sees_a_noise_level_for_each_image(staged, monkeypatch):
@@ -108,10 +109,7 @@ def test_a_profile_supersedes_another_where_it_has_all_that_is_compared():
     ]
 
     def shown(more):
-        chosen = records.comparison(found + more, "v2")
-        return {
-            r["experiment"]["profile"] for r in chosen if r["kind"] == "solver" and r["task"] == "inpainting"
-        }
+        return set(results.load(found + more).compared("v2", "inpainting").profile)
 
     assert shown([]) == {"cpu"} and shown(newer) == {"muon"}
     assert shown([r for r in newer if r["method"] != "unet"]) == {"cpu"}  # no rival, no comparison

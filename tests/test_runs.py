@@ -1,6 +1,7 @@
 """Runs: what is made is found again, what is kept is restored where it fits, and nothing stale is shown."""
 
 import ast
+import csv
 import json
 import os
 import shutil
@@ -10,15 +11,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 import data
-from companion import book, compute, figures, front, locks, paths, records, runs, settings, tables, training
+from companion import book, locks, paths, records, runs, settings, tables, training, words
 from companion.__main__ import main
 from companion.experiment import Experiment
+from companion.links import record_of
+from companion.results import load as load_results
 from companion.training import model_path
 from flowlib.checkpoints import load_checkpoint, load_tensors, save_checkpoint
 from flowlib.training import Training
@@ -363,268 +364,32 @@ def test_records_hold_what_the_tables_need(smoke):
     assert glow["folds"][-1]["psnr"] == pytest.approx(glow["psnr"]["mean"], abs=1e-3)
     assert glow["ood_measurements"]["psnr"]["mean"] < glow["psnr"]["mean"] + 1
     assert len(glow["ood_images"]["psnr"]["values"]) == 6
-    rows = {r["Method"]: r for r in tables.table("III", "v2", [glow]) if r["Task"] == "denoising"}
-    assert rows["GLOW prox"]["Ours, dB"] == tables.plus_minus(glow["ood_measurements"]["psnr"])
+    of_table = tables.table(load_results([glow]), "III", "v2")
+    rows = {r["Method"]: r for r in tables.as_text(of_table) if r["Task"] == "denoising"}
+    assert rows["GLOW prox"]["Ours, dB"] == words.plus_minus(glow["ood_measurements"]["psnr"])
     assert rows["GLOW prox"]["Setting"] == "σₙ = 0.25" and rows["U-Net prox"]["Ours, dB"] == "not run"
     assert rows["GLOW prox"]["Seeds"] == "1" and rows["U-Net prox"]["Seeds"] == "–"
-    assert rows["GLOW prox"]["Record"] == tables.record_of(glow) and rows["U-Net prox"]["Record"] == "–"
-    repeated = {r["Task"] for r in tables.table("III", "v2", [glow]) if "repeats table I" in r["Remark"]}
+    assert rows["GLOW prox"]["Record"] == record_of(glow).text and rows["U-Net prox"]["Record"] == "–"
+    repeated = {r["Task"] for r in of_table if "repeats table I" in r["Remark"]}
     assert repeated == {"deblurring"}  # of blurs with 3 taps, σ_b 5 and 8 hardly differ
     tables.tabulate(smoke)
-    row = next(r for r in tables.table("I", "v2", runs.records_of_build(smoke)) if r["Method"] == "GLOW prox")
+    with open(smoke.build / "tables/table1.csv", encoding="utf-8") as file:
+        row = next(r for r in csv.DictReader(file) if r["Method"] == "GLOW prox")
     assert row["Paper, dB"] == "28.24" and row["Ours, dB"].startswith(f"{glow['psnr']['mean']:.2f}\u00a0±")
+    assert 'href="../records/this-build/v2/denoising-glow.json"' in row["Record"]
+    assert json.loads((smoke.build / "records/this-build/v2/denoising-glow.json").read_text()) == glow
     for run in (smoke.flow(), smoke.solver("denoising", "glow"), smoke.solver("denoising", "unet")):
         runs.publish(smoke, run)
     kept = {r["name"]: r for r in records.recorded()}
     assert sorted(kept) == ["denoising-glow", "denoising-unet", "flow"]
-    chosen = records.comparison(list(kept.values()), "v2")
-    assert {r["name"] for r in chosen} == {"denoising-glow", "denoising-unet"}
-    row = tables.overview("v2", chosen)[0]
-    assert row["First over second"] == "GLOW over U-Net" and row["inpainting, W = 19"] == "–"
-    assert row["denoising, σₙ = 0.2"].endswith("(+0.06)") and row["deblurring, σ_b = 5"] == "–"
+    found = load_results(kept.values())
+    assert set(found.compared("v2").name) == {"denoising-glow", "denoising-unet"}
+    row = tables.overview(found, "v2")[0]
+    assert row["First over second"] == "GLOW over U-Net" and row["inpainting, W = 19"] is None
+    assert row["denoising, σₙ = 0.2"].endswith("(+0.06)") and row["deblurring, σ_b = 5"] is None
     (smoke.directory(smoke.solver("denoising", "unet")) / "record.json").write_text("{")
     with pytest.raises(ValueError, match="is no result record"):
         runs.records_of_build(smoke)
-
-
-def solver_record(method, psnr, measurement=20.0, seed=0, profile="cpu", images_seen=100, task="denoising"):
-    """The part of a record that tables compare."""
-    quality = records.statistics([psnr + d for d in (-0.1, 0.0, 0.1)])
-    return dict(
-        kind="solver",
-        name=f"{task}-{method}",
-        task=task,
-        method=method,
-        experiment=dict(profile=profile, dataset="celeba", edition="v2", seed=seed),
-        psnr=quality,
-        ssim=records.statistics([0.8, 0.9]),
-        psnr_measurement=records.statistics([measurement] * 3),
-        training=dict(images_seen=images_seen),
-        settings_hash="0123456789",
-        data=dict(pixels_sha256="x"),
-    )
-
-
-def test_verdicts():
-    def verdict(first, second, **options):
-        pair = [solver_record("glow", first, **options), solver_record("unet", second, **options)]
-        return tables.verdict(tables.compare(pair, "I", "v2", "denoising"))
-
-    assert verdict(28, 25) == "same sign"  # the paper: +0.06
-    pair = tables.Comparison(
-        0.1, 0.05, 0.06, (1, 1), "", ("", ""), 0.01
-    )  # the paper's difference within ±, or not
-    assert tables.verdict(pair) == "size replicated"
-    assert tables.verdict(pair._replace(half_width=0.03)) == "same sign"
-    assert tables.verdict(pair._replace(difference=-0.1)) == "the opposite"
-    assert set(tables.MARKS) < set(tables.VERDICTS)
-    assert verdict(25, 28) == "the opposite"
-    assert verdict(28, 28) == "not distinguishable"
-    assert verdict(28, 19) == "no claim: U-Net below its measurement"
-
-
-def test_seeds_widen_the_interval():
-    one = [solver_record("glow", 28), solver_record("unet", 27), solver_record("resnet", 20.5)]
-    two = [*one, solver_record("unet", 27.5, seed=1)]
-    single, both = (tables.compare(r, "I", "v2", "denoising") for r in (one, two))
-    assert single.num_seeds == (1, 1) and both.num_seeds == (1, 2)
-    assert both.difference == pytest.approx(0.75)
-    # Student's interval of two samples, of one and two: t(1) s sqrt(1 + 1/2), with s² = 0.5² / 2
-    of_seeds = 12.706 * np.sqrt(0.5**2 / 2 * 1.5)
-    assert both.half_width == pytest.approx(np.hypot(single.half_width, of_seeds), rel=1e-3)
-    # The spread of one method tells of another of the same task.
-    beside = tables.compare(two, "I", "v2", "denoising", "glow", "resnet")
-    assert beside.half_width == pytest.approx(12.706 * np.sqrt(0.5**2 / 2 * 2), rel=1e-2)
-    assert single.spread == ("", "") and single.text.endswith("¹")
-    assert beside.spread == ("pooled", "pooled") and not beside.text.endswith("¹")
-    assert "over test images alone" in figures.in_short("I", "v2", "denoising", one)
-    short = figures.in_short("I", "v2", "denoising", two)
-    assert "over seeds (1 of GLOW, pooled; 2 of U-Net, pooled; 1 of ResNet, pooled; their spread is" in short
-
-
-def test_a_page_compares_nothing_with_a_solver_below_its_measurement():
-    here = [solver_record(m, v) for m, v in (("glow", 28), ("unet", 18), ("resnet", 27))]
-    told = figures.on_this_page("I", "v2", "denoising", [], here).data
-    assert "GLOW is 1.00 ± 0.00 dB above ResNet; not compared: U-Net below its measurement." in told
-    below = [*here[:2], solver_record("resnet", 19)]
-    told = figures.on_this_page("I", "v2", "denoising", [], below).data
-    assert "GLOW is" not in told and "U-Net below its measurement; ResNet below its measurement." in told
-
-
-def test_seeds_stand_beside_the_interval_over_images():
-    found = [solver_record("unet", 27 + seed, seed=seed) for seed in (0, 1, 2)]
-    (merged,) = records.merged(found)
-    assert tables.with_seeds(merged).endswith("(seeds 27.00 to 29.00)")
-    assert tables.with_seeds(found[0]) == tables.plus_minus(found[0]["psnr"])
-    (row,) = front._results([merged, solver_record("resnet", 19)], "denoising").split("\n")
-    assert row == "– / 28.00 / 19.00? dB"
-
-
-def test_what_each_compared_run_was_given():
-    found = records.recorded()
-    rows = compute.fairness(found)
-    solvers = [r for e in ("v2", "v1") for r in records.comparison(found, e) if r["kind"] == "solver"]
-    trained = [r for r in solvers if not settings.METHODS[r["method"]].frozen]
-    assert len(rows) == sum(len(records.of_seeds(r)) for r in trained)
-    flow = next(r for r in found if r["name"] == "flow" and r["experiment"]["profile"] == "cpu")
-    for row in rows:
-        if row["Method"] == "GLOW":
-            assert row["On"] == "a CPU core" and row["Rates tried"].count(",") == 2
-            extra = float(row["With pre-training, min"]) - float(row["Solver, min"])
-            assert extra == pytest.approx(tables.minutes(flow), abs=1)
-    assert any(row["Restarts at half the rate"] != "–" for row in rows if row["Method"] == "GLOW")
-    assert {row["On"] for row in rows} == {"a CPU core", "H100"}
-
-
-def test_many_tests_are_corrected_for():
-    assert tables.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert tables.holm([0.9, 0.8]) == pytest.approx([1, 1]) and len(tables.holm([])) == 0
-    difference, half_width, p = tables.over_images_and_seeds([1, 2, 4], [0, 0, 0], [])
-    assert p == pytest.approx(scipy.stats.ttest_1samp([1, 2, 4], 0).pvalue)
-    assert (p < 0.05) == (abs(difference) > half_width)
-    rows = [solver_record(m, v) for m, v in (("glow", 28), ("unet", 25), ("resnet", 19))]
-    rows = [row for row in tables.every_claim(rows) if row["Verdict"] != "not run"]
-    assert [row["p, Holm"] for row in rows] == ["0.000", "–"]  # no claim, no test
-    assert tables.survivors(rows).startswith("Of 1 orders tested, 1 signs are told at 5 % each; 1 of them")
-
-
-def test_three_seeds_have_a_spread_of_their_own():
-    found = [solver_record("glow", 28), solver_record("resnet", 27)]
-    found += [solver_record("unet", 27 + shift, seed=k) for k, shift in enumerate((-0.1, 0.0, 0.1))]
-    found.append(solver_record("resnet", 29, seed=1))
-    pair = tables.compare(found, "I", "v2", "denoising")
-    assert pair.spread == ("pooled", "own")
-    pooled, own = (2 + 2 * 0.01) / 3, 0.01 / 3  # variances of 3 and 2 degrees of freedom
-    freedom = (pooled + own) ** 2 / (pooled**2 / 3 + own**2 / 2)
-    expected = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(pooled + own)
-    assert pair.half_width == pytest.approx(expected, rel=1e-3)
-
-
-def test_v1_takes_the_spread_of_v2():
-    """Of the same kind of task, and says so; it has one seed of each."""
-    two = [solver_record("glow", 28)] + [solver_record("unet", 27 + k, seed=k) for k in (0, 1)]
-    one = [solver_record(m, value, task="denoising-0.1") for m, value in (("glow", 30), ("unet", 29))]
-    for record in one:
-        record["experiment"] |= {"edition": "v1"}
-    rows = [r for r in tables.claims("I", "v1", one, two) if r["Verdict"] != "not run"]
-    assert [(r["Seeds"], r["Spread"]) for r in rows] == [("1 and 1", "pooled of v2 cpu and pooled of v2 cpu")]
-    assert rows[0]["Verdict"] == "not distinguishable" and rows[0]["Ours, dB"].endswith("²")
-    assert "² One seed of each" in figures.verdicts("I", "v1", "denoising-0.1", one, two)
-    (row,) = [r for r in tables.claims("I", "v1", one) if r["Verdict"] != "not run"]
-    assert row["Verdict"] == "same sign" and row["Ours, dB"].endswith("¹") and row["Spread"] == "–"
-
-
-def test_recorded_orders_of_one_seed_each_are_counted():
-    found = records.recorded()
-    rows = tables.every_claim(found)
-    assert not any("¹" in r["Ours, dB"] for r in rows)  # v2 has a spread for every task
-    single = sum(r["Seeds"] == "1 and 1" for r in rows)
-    assert f"Of these orders {single} come from one seed each" in front.how_sure(found)
-
-
-def test_seeds_are_merged():
-    found = [solver_record("unet", 27 + seed, seed=seed) for seed in (2, 0, 1)]
-    (row,) = [r for r in tables.table("I", "v2", found) if r["Ours, dB"] not in ("not run", "–")]
-    assert row["Ours, dB"].startswith("28.00") and row["Seeds"] == "3: 27.00, 28.00, 29.00"
-    assert row["Record"] == tables.record_of(found[1])  # of the lowest
-    (merged,) = records.merged(found)
-    assert records.merged([merged]) == [merged] and records.of_seeds(merged) == [found[i] for i in (1, 2, 0)]
-    found[0]["training"] |= dict(restarts=[{"step": 900, "reason": ""}], best_step=600, steps=1000)
-    (merged,) = records.merged(found)
-    told = "no better since it broke down"
-    assert tables.too_little_training(merged, []) == told
-    assert tables.remark(merged, []).endswith("of seed 2 broke down at step 900, went on at half the rate")
-    found.append(solver_record("unet", 0, seed=3) | {"kind": "failed"})
-    assert tables.too_little_training(records.merged(found)[0], []) == "diverged"
-
-
-def test_profiles_are_not_mixed_within_a_task():
-    short = [solver_record(m, 25, profile="short") for m in ("glow", "unet", "resnet", "glow-frozen")]
-    long = [solver_record(m, 28, images_seen=1000) for m in ("glow", "unet")]
-    assert records.comparison(short + long, "v2") == short  # the longer one has no ResNet yet
-    long.append(solver_record("resnet", 28, images_seen=1000))
-    assert records.comparison(short + long, "v2") == long
-
-
-def test_what_a_profile_lacks_is_looked_for_in_others():
-    cpu = [solver_record(m, 32, task="inpainting") for m in ("glow", "unet", "resnet")]
-    short = [solver_record(m, 30, profile="short", task="inpainting") for m in ("unet", "unet-denoiser")]
-    claims = {r["Claim"]: r for r in tables.claims("I", "v2", cpu, cpu + short) if "inpainting" in r["Task"]}
-    assert claims["GLOW over U-Net"]["Profile"] == "cpu"
-    assert claims["U-Net, denoiser over U-Net"]["Profile"] == "short"  # both of one profile
-    assert claims["U-Net, denoiser over U-Net"]["Ours, dB"].startswith("+0.00")
-    assert claims["ResNet, denoiser over ResNet"]["Verdict"] == "not run"
-    rows = {r["Method"]: r for r in tables.table("I", "v2", cpu, others=short) if r["Task"] == "inpainting"}
-    row = rows["U-Net prox (pre-trained denoiser)"]
-    assert row["Ours, dB"] == "not run" and row["Remark"].startswith("profile short: 30.00")
-    assert row["Record"] == tables.record_of(short[1])
-    (row,) = [r for r in tables.every_number(cpu, short) if r["Remark"].startswith("profile short: 30.00")]
-    assert row["Ours, dB"] == "not run" and row["Record"] == tables.record_of(short[1])
-    classical = solver_record("tv", 25, profile="short", task="inpainting") | {"kind": "classical"}
-    cells = [r["inpainting, W = 19"] for r in tables.overview("v2", [*cpu, classical], cpu + short)]
-    assert [cell.endswith(", short") for cell in cells[:3]] == [False, False, True]
-
-
-def test_pages_answer_as_the_tables_do():
-    """From the profile compared where it has both methods, else from another one, which is named."""
-    first = dict(profile="cpu", dataset="celeba", edition="v1", seed=0)
-    cpu = [solver_record(m, 32) | {"experiment": first} for m in ("glow", "unet", "resnet")]
-    short = [
-        solver_record(m, value) | {"experiment": first | {"profile": "short"}}
-        for m, value in (("glow", 30), ("glow-scratch", 31))
-    ]
-    scratch = solver_record("glow-scratch", 30) | {"experiment": first}
-    for found, profile, told in (
-        (cpu + short, "short", "1.00 ± 0.00 dB below GLOW, scratch (**the opposite**)"),
-        ([*cpu, scratch, *short], "cpu", "2.00 ± 0.00 dB above GLOW, scratch (**same sign**)"),
-    ):
-        kept = records.comparison(found, "v1")
-        (row,) = [r for r in tables.claims("III", "v1", kept, found) if "σₙ = 0.2" in r["Task"]]
-        text = figures.in_short("III", "v1", "denoising", kept, found)
-        assert row["Profile"] == profile and f"profile `{profile}`" in text and told in text
-    assert "no answer yet" in figures.in_short("III", "v1", "denoising", cpu)
-
-
-def test_both_readings_of_the_smaller_hole_are_told():
-    found = []
-    for method, last, everywhere in (("glow", 34, 27), ("unet", 30, 31), ("resnet", 32, 33)):
-        record = solver_record(method, 32, task="inpainting")
-        for key, value in (("ood_measurements_last_fold", last), ("ood_measurements", everywhere)):
-            record[key] = {"psnr": records.statistics([value, value])}
-        found.append(record)
-    rows = [r for r in tables.claims("III", "v2", found) if r["Verdict"] != "not run"]
-    assert [r["Ours, dB"] for r in rows] == [
-        "+4.00 ± 0.00¹ (all folds told: −4.00)",
-        "+2.00 ± 0.00¹ (all folds told: −6.00)",
-    ]
-    assert "with all folds told the flow is last (GLOW 27.00 dB" in figures.all_told_sentence(found)
-
-
-def test_a_training_that_fell_apart_is_told_of():
-    fell, found = solver_record("unet", 28), solver_record("glow", 30)
-    fell["training"] |= dict(restarts=[{"step": 1500, "reason": ""}], best_step=2000, steps=6000)
-    assert tables.remark(fell, []) == "training broke down at step 1,500, went on at half the rate"
-    assert tables.verdict(tables.compare([found, fell], "I", "v2", "denoising")) == "same sign"
-    fell["training"]["restarts"].append({"step": 6000, "reason": ""})  # and there was no step left
-    assert tables.remark(fell, []).startswith("no better since it broke down")
-    assert tables.verdict(tables.compare([found, fell], "I", "v2", "denoising")).startswith("no claim: U-Net")
-    # A U-Net whose BatchNorm misled validation: its training loss was as before.
-    rows = [dict(step=300, loss=0.009), dict(step=600, loss=0.003), dict(step=900, loss=0.1)]
-    fell["training"] |= dict(restarts=[{"step": 600, "reason": ""}], best_step=6000, history=rows)
-    assert tables.remark(fell, []).endswith("was set back at step 600, went on at half the rate")
-    verdict = tables.verdict(tables.compare([found, fell], "I", "v2", "denoising"))
-    assert verdict == "no claim: U-Net set back without need"
-    fell["training"]["restarts"] = [{"step": 900, "reason": ""}]
-    assert tables.remark(fell, []).startswith("training broke down at step 900")
-    assert tables.remark(found, []) == "–"
-
-
-def test_what_is_not_finite_is_counted():
-    found = records.statistics([30.0, float("inf"), 31.0, float("nan")])
-    assert found["not_finite"] == 2 and found["mean"] == 30.5 and found["values"][1] is None
-    json.dumps(found, allow_nan=False)
-    assert records.statistics([30.0])["half_width"] is None
-    assert "2 not finite" in tables.plus_minus(found)
 
 
 def test_records_that_are_kept_have_what_the_book_asks_of_them():

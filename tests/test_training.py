@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import data
-from companion import runs, tables, training
+from companion import results, runs, tables, training
 from companion.experiment import Experiment
 from companion.training import build_solver, model_path
 from flowlib import Glow, ResNetProx, UNetProx, load_checkpoint
@@ -293,10 +293,12 @@ def test_a_loss_that_is_not_finite_names_the_fold(smoke, monkeypatch):
     assert record["kind"] == "failed" and record["training"]["steps"] == 0 and "fold 3" in record["reason"]
     row = next(
         r
-        for r in tables.table("I", "v2", [record])
+        for r in tables.table(results.load([record]), "I", "v2")
         if (r["Task"], r["Method"]) == ("inpainting", "GLOW prox")
     )
-    assert row["Ours, dB"] == "diverged" and tables.provenance_rows([record], [])[0]["Steps"] == "0"
+    made = results.load([record], of_build=True)
+    assert row["Ours, dB"] == "diverged"
+    assert tables.provenance_rows(made, results.load([]))[0]["Steps"] == 0
 
 
 def test_a_run_that_falls_apart_goes_on_from_its_best_weights(tmp_path):
@@ -531,10 +533,10 @@ def test_baselines_start_from_a_denoiser(smoke):
 
 
 def test_every_row_of_the_paper_is_trained_by_the_full_profiles():
-    for name, edition in tables.PAPER_TABLES:
+    for edition, name in results.PAPER_TABLES:
         full = Experiment("cpu", "celeba", edition)
         trained = {(run.task, run.method) for run in full.runs().values()}
-        assert set(tables.paper_table(name, edition)) <= trained
+        assert set(results.paper_table(name, edition)) <= trained
 
 
 def test_epochs_are_permutations():
