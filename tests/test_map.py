@@ -203,12 +203,25 @@ def test_the_page_compares_image_by_image(tmp_path, monkeypatch):
     assert row["Images"] == 10 and row["Estimate above it, dB"] == "+1.00 ± 0.08"  # t(9) · 0.105 / √10
     assert (row["Estimate, s an image"], row["Solver, s an image"]) == ("7.0", "0.50")
     assert estimates.rows(all_records(), "ood_images") == []
-    assert "in denoising above it" in estimates.lesson(all_records())
-    assert "14 to 14 times" in estimates.lesson(all_records()) and "f(Aᵀy)" in estimates.lesson(all_records())
+    assert "above the trained flow solver in denoising" in estimates.lesson(all_records())
+    assert "is 14 times as fast" in estimates.lesson(all_records()) and "f(Aᵀy)" in estimates.lesson(
+        all_records()
+    )
     assert "+1.00 ± 0.08 dB: above the trained flow solver" in estimates.sentences(all_records())[0]
     chosen, from_y = estimates.validation_rows("denoising")
     assert chosen["Chosen"] == "yes" and "14.00 dB" in from_y["Start"]
-    assert estimates.likelihood_rows()[0]["of the original "] == "3.00"
+    [row] = estimates.likelihood_rows()
+    assert row["Bits/dim"] == "2.00" and row["Bits/dim, original"] == "3.00"
+    assert (
+        row["‖y − A x‖²"] == "499.9" and row["‖y − A x‖², original"] == "491.5"
+    )  # 500 - 0.04 · 2; 12288 · 0.2²
+    assert "more steps" not in estimates.lesson(all_records())
+    later = tried | {"num_steps": 180, "objective": 400.0, "psnr": 24.0}
+    write_json(tmp_path / "benchmarks/map/denoising.json", record | {"validation": [tried, later]})
+    assert "In denoising more steps lower the objective" in estimates.lesson(all_records())
+    later["psnr"] = 27.0
+    write_json(tmp_path / "benchmarks/map/denoising.json", record | {"validation": [tried, later]})
+    assert "more steps" not in estimates.lesson(all_records())
     found = {"shrinkage": 0.003, "step_size": 0.2, "psnr": statistics(values)}
     plugged = record | {"measurement": found, "without_flow": found | {"shrinkage": 0.0}, "plugged_in": found}
     write_json(tmp_path / "benchmarks/plugged_in/denoising.json", plugged)
