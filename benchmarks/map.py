@@ -5,7 +5,7 @@ then the test images come, with the noise of the tables, and images out of distr
 run that was stopped goes on, and so does one with a larger --images or --ood. The kept solvers are timed
 beside it.
 
-Run, one core each, in a build with prepared images (about 7 s an image in denoising, 17 s in the others):
+Run, one core each, in a build with prepared images (0.08 s an image and step: 7 to 17 s an image):
 OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.map denoising --images 500 --ood 100 --build build
 OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.map inpainting --images 100 --ood 40 --build build
 OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.map deblurring --images 100 --ood 40 --build build"""

@@ -117,8 +117,8 @@ def test_it_works_where_gradients_are_off_and_in_float32():
         (dict(y=torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), "floating-point"),
         (dict(y=images()[:, :, :6]), "divisible"),
         (dict(y=images()[:, :1]), "expected images .B, 3, H, W."),
-        (dict(y=images()[:, :1], start=images()), "does not fit the operator"),
-        (dict(start=images(3)), "3 images to start from do not fit 2 measurements"),
+        (dict(y=images()[:, :1], start=images()), "y .2, 1, 8, 8. does not fit A x or start"),
+        (dict(start=images(3)), "does not fit A x or start, x being .3, 3, 8, 8."),
         (dict(weight=-0.1), "weight must be >= 0"),
         (dict(weight=float("nan")), "weight must be >= 0"),
         (dict(num_steps=0), "num_steps > 0"),
@@ -203,9 +203,28 @@ def test_the_page_compares_image_by_image(tmp_path, monkeypatch):
     assert row["Images"] == 10 and row["Estimate above it, dB"] == "+1.00 ± 0.08"  # t(9) · 0.105 / √10
     assert (row["Estimate, s an image"], row["Solver, s an image"]) == ("7.0", "0.50")
     assert estimates.rows(all_records(), "ood_images") == []
-    assert "in denoising above it" in estimates.lesson(all_records())
-    assert "14 to 14 times" in estimates.lesson(all_records()) and "f(Aᵀy)" in estimates.lesson(all_records())
+    assert "above the trained flow solver in denoising" in estimates.lesson(all_records())
+    assert "is 14 times as fast" in estimates.lesson(all_records()) and "f(Aᵀy)" in estimates.lesson(
+        all_records()
+    )
     assert "+1.00 ± 0.08 dB: above the trained flow solver" in estimates.sentences(all_records())[0]
     chosen, from_y = estimates.validation_rows("denoising")
     assert chosen["Chosen"] == "yes" and "14.00 dB" in from_y["Start"]
-    assert estimates.likelihood_rows()[0]["of the original "] == "3.00"
+    [row] = estimates.likelihood_rows()
+    assert row["Bits/dim"] == "2.00" and row["Bits/dim, original"] == "3.00"
+    assert (
+        row["‖y − A x‖²"] == "499.9" and row["‖y − A x‖², original"] == "491.5"
+    )  # 500 - 0.04 · 2; 12288 · 0.2²
+    assert "more steps" not in estimates.lesson(all_records())
+    later = tried | {"num_steps": 180, "objective": 400.0, "psnr": 24.0}
+    write_json(tmp_path / "benchmarks/map/denoising.json", record | {"validation": [tried, later]})
+    assert "In denoising more steps lower the objective" in estimates.lesson(all_records())
+    later["psnr"] = 27.0
+    write_json(tmp_path / "benchmarks/map/denoising.json", record | {"validation": [tried, later]})
+    assert "more steps" not in estimates.lesson(all_records())
+    found = {"shrinkage": 0.003, "step_size": 0.2, "psnr": statistics(values)}
+    plugged = record | {"measurement": found, "without_flow": found | {"shrinkage": 0.0}, "plugged_in": found}
+    write_json(tmp_path / "benchmarks/plugged_in/denoising.json", plugged)
+    what = {row["What"]: row["λ, μ"] for row in estimates.plugged_in_rows(all_records())}
+    assert what["plugged in, λ and μ chosen"] == "0.003, 0.2" and what["data steps alone"] == "0, 0.2"
+    assert what["plugged in, as the paper has it"] == "0.1, trained" and "trained" in what
