@@ -9,10 +9,9 @@ import data
 from benchmarks import recipe
 from companion import compute, records, runs
 from companion.experiment import Experiment
-from companion.settings import PROFILES
+from companion.settings import PROFILES, Training
 from companion.training import add_folds, build_solver, train
 from flowlib import Denoising, Glow, GlowProx, UnfoldedPGD, psnr
-from flowlib.training import Training
 from tests.test_flow import randomize
 
 
