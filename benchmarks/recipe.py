@@ -21,10 +21,10 @@ from companion.files import write_json
 from companion.paths import RESULTS
 from companion.provenance import provenance
 from companion.runs import ensure, load
-from companion.settings import Run
+from companion.settings import Run, Training
 from companion.training import PROXES, add_folds, fit_solver, parameter_groups
 from flowlib import GlowProx, UnfoldedPGD, load_checkpoint, save_checkpoint
-from flowlib.training import Diverged, Training
+from flowlib.training import Diverged
 
 VALIDATIONS = 6  # a trial
 

@@ -15,11 +15,12 @@ from companion.files import write_json
 from companion.paths import RESULTS
 from companion.provenance import provenance
 from companion.runs import ensure, load
+from companion.settings import Training
 from companion.training import model_path, train
 from flowlib import Blur, GlowProx, Inpainting, load_checkpoint, set_memory
 from flowlib.checkpoints import load_tensors
 from flowlib.images import dequantize
-from flowlib.training import Diverged, Training, generator_for
+from flowlib.training import Diverged, generator_for
 
 # What is tried, by name: settings of the flow, and of its pre-training.
 RULES = {

@@ -10,10 +10,9 @@ import torch
 import data
 from companion.parameters import OVERRIDES, check, choose, packed
 from companion.paths import RESULTS, build_folder
-from companion.settings import EDITIONS, METHODS, OOD_IMAGES, PROFILES, TASKS, Method, Run, retrain
+from companion.settings import EDITIONS, METHODS, OOD_IMAGES, PROFILES, TASKS, Method, Run, Training, retrain
 from flowlib import Glow, ResNetProx, UNetProx
 from flowlib.images import split_indices
-from flowlib.training import Training
 
 
 class Experiment:

@@ -9,8 +9,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from companion.paths import ROOT
-from flowlib import Blur, Denoising, Inpainting, LinearOperator
-from flowlib.training import Training
+from flowlib import Blur, Denoising, Inpainting, LinearOperator, training
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,19 @@ METHODS |= {
 }
 # The images out of distribution that go with a data set.
 OOD_IMAGES = {"celeba": "anime", "synthetic": "synthetic-ood"}
+
+
+@dataclass(frozen=True)
+class Training(training.Training):
+    """flowlib's settings of a training, and the book's own. scalar_lr: the rate of μ and λ; shrinkage: the
+    start of λ; val_images: how many images validate; mirror: a random half of each batch is mirrored."""
+
+    scalar_lr: float = 1e-2
+    shrinkage: float = 0.1
+    val_images: int = 200
+    mirror: bool = False
+
+    LEAST = training.Training.LEAST | dict(shrinkage=-1, val_images=1)
 
 
 @dataclass(frozen=True)
@@ -407,14 +419,16 @@ def _digest(content) -> str:
 @functools.cache
 def training_code() -> str:
     """Hash of the code that trained weights depend on."""
-    method = "layers glow reversible operators prox precision products solver muon training images".split()
+    flow = "layers fused products precision reversible glow".split()
+    method = flow + "images operators prox solver muon training".split()
     return _code_hash([*(f"flowlib/{name}.py" for name in method), "companion/training.py"])
 
 
 @functools.cache
 def evaluation_code() -> str:
     """Hash of the code that the numbers of a trained model depend on."""
-    return _digest([training_code(), _code_hash(["flowlib/metrics.py", "companion/records.py"])])
+    files = ["flowlib/folds.py", "flowlib/metrics.py", "companion/records.py"]
+    return _digest([training_code(), _code_hash(files)])
 
 
 def _code_hash(files) -> str:

@@ -10,11 +10,11 @@ import torch
 
 from companion.experiment import Experiment
 from companion.paths import RESULTS
-from companion.settings import TASKS, Run
+from companion.settings import TASKS, Run, Training
 from flowlib import Glow, GlowProx, ResNetProx, UNetProx, UnfoldedPGD, load_checkpoint, set_coupling
+from flowlib.folds import find_nonfinite_fold
 from flowlib.images import dequantize, to_tensor
-from flowlib.solver import find_nonfinite_fold
-from flowlib.training import Training, fit, generator_for, mirrored
+from flowlib.training import fit, generator_for
 
 NOISY_SIGMA = 0.25
 PROXES = {"unet": UNetProx, "resnet": ResNetProx}
@@ -49,6 +49,12 @@ def coupling_record() -> Path:
 def batches(images, size=50):
     for start in range(0, len(images), size):
         yield images[start : start + size]
+
+
+def mirrored(x: torch.Tensor, seed: int, step: int) -> torch.Tensor:
+    """x (B, C, H, W) with about half of its images mirrored left to right."""
+    chosen = torch.rand(len(x), generator=generator_for(seed, "mirror", step), device="cpu") < 0.5
+    return torch.where(chosen[:, None, None, None].to(x.device), x.flip(3), x)
 
 
 def train(experiment: Experiment, run: Run):

@@ -1,11 +1,10 @@
-"""Checkpoints: one safetensors file, with all that is no tensor as JSON in its header."""
+"""Checkpoints: one safetensors file; everything that is not a tensor is JSON in its header."""
 
 import functools
 import hashlib
 import itertools
 import json
 import sys
-import threading
 from collections.abc import Callable, Collection
 from importlib import import_module
 from pathlib import Path
@@ -15,14 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from flowlib.files import as_json, write_atomically
 from flowlib.glow import Glow
 from flowlib.prox import PROXES, GlowProx
 from flowlib.solver import UnfoldedPGD
-
-_COUNTING = threading.RLock()  # the hook that counts is the whole process's
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -69,18 +66,19 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is damaged (its header is no JSON mapping: {error})") from error
 
 
-def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose key starts with prefix, under the rest of their key."""
+def without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose key starts with prefix, under the rest of that key."""
     return {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
 
 
 def save_checkpoint(
     path: str | Path, model: Glow | UnfoldedPGD, dtype: torch.dtype | None = None, **info: Any
 ) -> None:
-    """Writes a Glow or an UnfoldedPGD with all that is needed to build it again, and any JSON-able info.
-    dtype: torch.float16 or bfloat16 halves the file; None keeps the model's. What folds share is written once
-    and stays shared. Raises, before it writes, TypeError for another model, and ValueError where it could not
-    be loaded again (parametrised or pruned weights, buffers of one's own) or dtype cannot hold a number."""
+    """Writes a Glow or an UnfoldedPGD, the settings that build it again, and any JSON-able info. dtype:
+    torch.float16 or bfloat16 halves the file; None keeps the model's. Modules and weights that folds share
+    are written once and stay shared. Raises, before it writes, TypeError for another model, and ValueError
+    where it could not be loaded again (parametrised or pruned weights, added buffers) or dtype cannot hold a
+    number."""
     if type(model) not in (Glow, UnfoldedPGD):  # a subclass would come back as its base
         inside = "of a wrapper give model.module (parallel) or model._orig_mod (compiled), and no subclass"
         raise TypeError(f"can save a Glow or an UnfoldedPGD, not a {type(model).__name__}: {inside}")
@@ -133,7 +131,7 @@ def _share(model, shared):
 
 
 def _describe(prox):
-    """{"prox": name, "config": …}: what a fold's prox is built from again."""
+    """{"prox": name, "config": …}, from which _build makes a fold's prox again."""
     cls = type(prox)
     name = {cls: name for name, cls in PROXES.items()}.get(cls, f"{cls.__module__}:{cls.__qualname__}")
     if cls is GlowProx and type(prox.glow) is not Glow:
@@ -146,7 +144,7 @@ def _describe(prox):
 
 
 def _build(fold, imports):
-    """The prox that _describe described. A file can name a class, but only imports what it may."""
+    """The prox of _describe's description. A file may name a class, but imports none but `imports`."""
     name, (module, _, qualified) = fold["prox"], fold["prox"].partition(":")
     cls = PROXES.get(name)
     if not cls:
@@ -179,8 +177,8 @@ def load_checkpoint(path: str | Path, imports: Collection[str] = ()) -> Glow | U
 
 
 def _model(header, tensors, imports=()):
-    """The model that the header describes, without weights; completes tensors by those that are shared."""
-    # Before there were unequal folds, one description served all.
+    """The model that the header describes, without weights; adds shared tensors to `tensors`."""
+    # Old files describe all folds once.
     folds = [] if header["kind"] == "Glow" else header.get("folds") or [header] * len(tensors["step_size"])
     whole = {f"proxes.{k}": f"proxes.{fold['same_as']}" for k, fold in enumerate(folds) if "same_as" in fold}
     shared = header.get("shared", {}) | whole  # older files have only the latter
@@ -196,7 +194,7 @@ def _model(header, tensors, imports=()):
     for k, fold in enumerate(folds):
         first = shared.get(f"proxes.{k}")
         parts.proxes.append(parts.get_submodule(first) if first else _build(fold, imports))
-        # At once, so that no more memory is taken than the file has weights.
+        # At once: a draft then makes no more weights than the file has.
         _share(parts, {name: first for name, first in shared.items() if name.startswith(f"proxes.{k}.")})
     x0 = torch.zeros(1, *header["image_shape"])
     return UnfoldedPGD(parts.proxes, x0, literal_last_fold=header["literal_last_fold"])
@@ -217,29 +215,32 @@ def build_to_fit(build: Callable[[], nn.Module], tensors: dict[str, Tensor], pat
 
 def _draft(build, tensors, path):
     """build() without memory, which the tensors fit. ValueError: see build_to_fit."""
-    left, here = None, threading.get_ident()
-
-    def count(module, name, parameter):
-        nonlocal left
-        if left is None:
-            # Twice, so that check_state names what is missing.
-            left = 2 * sum(value.numel() for value in tensors.values())
-        left -= parameter.numel() if threading.get_ident() == here else 0
-        if left < 0:
-            raise ValueError("many more weights than it holds")
-
-    with _COUNTING:
-        counting = register_module_parameter_registration_hook(count)
-        try:
-            with torch.device("meta"):
-                draft = build()
-            draft.state_dict()  # fails where a part is inside itself
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} describes no model that can be built: {error!r}") from error
-        finally:
-            counting.remove()
+    try:
+        with _Bounded(tensors), torch.device("meta"):
+            draft = build()
+        draft.state_dict()  # fails where a part is inside itself
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes no model that can be built: {error!r}") from error
     check_state(draft, tensors, path)
     return draft
+
+
+class _Bounded(TorchFunctionMode):
+    """Stops the making of a model that cannot have these tensors: a header may claim any size and any number
+    of layers, and each layer takes memory, even without its weights."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        # Numbers; a call counts as 200. Twice what is there, so that check_state names what is missing.
+        self.left = 10**7 + 2 * sum(value.numel() for value in tensors.values()) + 20_000 * len(tensors)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        is_new = isinstance(made, Tensor) and not any(isinstance(value, Tensor) for value in args)
+        self.left -= 200 + (made.numel() if is_new else 0)
+        if self.left < 0:
+            raise ValueError("many more weights than it holds")
+        return made
 
 
 def load_state(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:

@@ -1,7 +1,7 @@
-"""Export of a flow solver to ONNX, to run it where there is no PyTorch: in a browser, in another program. The
-graph is written node by node, because tracing one of this many small layers takes minutes, and as loops over
-folds and steps, because readying a node takes longer than running it. Other solvers, and a flow alone, go to
-ONNX by `torch.onnx.export(..., dynamo=False)`."""
+"""Export of a flow solver to ONNX, to run it without PyTorch: in a browser, in another program. The graph is
+written node by node, because tracing so many small layers takes minutes, and as loops over folds and steps,
+because a runtime prepares a node more slowly than it runs it. `torch.onnx.export(..., dynamo=False)` exports
+other solvers, and a flow alone."""
 
 import copy
 import functools
@@ -14,15 +14,16 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from flowlib.files import write_atomically
-from flowlib.layers import fold
+from flowlib.fused import fuse
+from flowlib.operators import Blur, Denoising, Inpainting, LinearOperator
 from flowlib.precision import set_compute_dtype
 from flowlib.prox import GlowProx
 from flowlib.solver import UnfoldedPGD
 
 
 class _Graph:
-    """An ONNX graph, or the body of a loop in one, in the making; calling it adds a node and returns the name
-    of its output."""
+    """An unfinished ONNX graph, or the body of a loop in one. A call adds a node and returns the name of its
+    output."""
 
     def __init__(self, outer=None):
         self.nodes, self.constants = [], outer.constants if outer else []
@@ -45,7 +46,7 @@ class _Graph:
 
     def scan(self, body, state, slices, reverse=False):
         """A loop along the first axis of all slices: body(graph, state, *slice) gives the next state, then
-        other results. Names of the last state and of the others, stacked."""
+        other results. Returns the names of the last state and of the other results, stacked."""
         inner, inputs = _Graph(self), [self.name() for _ in (state, *slices)]
         ends = inputs, body(inner, *inputs)
         infos = ([onnx.ValueInfoProto(name=name) for name in names] for names in ends)
@@ -64,8 +65,8 @@ class _Graph:
 def _weights(graph, levels):
     """Names of the weights of one level of all folds, (K, number of steps, ...) each: of the affine maps,
     their inverses, and the convolutions."""
-    steps = [step for level in levels for step in fold(list(level))]
-    maps = zip(*((step.linear, step.inverse_linear, *step.convs) for step in steps))
+    steps = [step for level in levels for step in fuse(list(level))]
+    maps = zip(*((step.affine, step.inverse_affine, *step.convs) for step in steps))
     pairs = [[torch.stack(v).unflatten(0, (len(levels), -1)) for v in zip(*found)] for found in maps]
     affine = [[weight[..., None, None], bias.flatten(2)] for weight, bias in pairs[:2]]
     # Raw scales and shifts alternate: sort them.
@@ -115,26 +116,26 @@ def _prox(graph, glow, x, shrinkage, weights):
     return x, graph("Sqrt", squares)
 
 
-def _apply(graph, task, x, mask, adjoint=False):
+def _apply(graph, operator, x, mask, adjoint=False):
     """A x, or Aᵀ x."""
-    if task == "deblurring":
+    if operator is Blur:
         transposed = graph("Transpose", "blur", perm=[1, 0])
         left, right = (transposed, "blur") if adjoint else ("blur", transposed)
         return graph("MatMul", graph("MatMul", left, x), right)
-    if task == "denoising":
+    if operator is Denoising:
         return x
     measured = graph("Cast", mask, to=TensorProto.BOOL)
     return graph("Where", measured, x, graph.constant(np.float32(0)))  # 0 * NaN would be NaN
 
 
 @torch.no_grad()
-def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
-    """Writes the solver of a task, "denoising", "inpainting" or "deblurring", as an ONNX file for one image.
-    Inputs: y (1, C, H, W); for inpainting mask (K, 1, H, W), what each fold believes was measured; for
-    deblurring of square images blur (H, H) (`Blur.matrix`); step_size and shrinkage (K,), so that they can be
-    moved. Outputs: folds (K, C, H, W), the images x_k, and latent_norms (K,), ``‖f_k(x̃_k)‖``. Raises
-    ValueError for another task, and for a solver without flows, with flows of unequal sizes or another scale
-    rule than "tanh", with `literal_last_fold`, or of images that are not square for deblurring."""
+def export_onnx(solver: UnfoldedPGD, operator: LinearOperator, path: str | Path) -> None:
+    """Writes the solver as an ONNX file for one image, measured by an operator of the given one's class:
+    Denoising, Inpainting or Blur. Inputs: y (1, C, H, W); for Inpainting mask (K, 1, H, W), one for each
+    fold; for Blur of square images blur (H, H) (`Blur.matrix`); step_size and shrinkage (K,). Outputs: folds
+    (K, C, H, W), the images x_k, and latent_norms (K,), ``‖f_k(x̃_k)‖``. Raises ValueError for another
+    operator, and for a solver without flows, with flows of unequal sizes or another scale rule than "tanh",
+    with `literal_last_fold`, or of images that are not square for Blur."""
     if not all(isinstance(prox, GlowProx) for prox in solver.proxes):
         raise ValueError("only solvers with a flow can be exported: others have no shrinkage to move")
     flows = [prox.glow for prox in copy.deepcopy(solver.proxes).cpu().float()]
@@ -145,14 +146,15 @@ def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
         raise ValueError("only solvers whose flows are all of one size can be exported")
     if config["scale"] != "tanh" or np.any(config["contiguous_squeeze"]):
         raise ValueError(f"only the rule 'tanh' and the usual squeeze can be exported, not {config}")
-    data = dict(denoising={}, inpainting={"mask": [solver.num_folds, 1, *solver.x0.shape[2:]]})
-    data |= dict(deblurring={"blur": solver.x0.shape[2:]})
-    if task not in data:
-        raise ValueError(f"a task is denoising, inpainting or deblurring, not {task!r}")
+    kind, (*_, height, width) = type(operator), solver.x0.shape
+    given = {Denoising: {}, Inpainting: {"mask": [solver.num_folds, 1, height, width]}}
+    given |= {Blur: {"blur": [height, width]}}
+    if kind not in given:
+        raise ValueError(f"an operator can be a Denoising, an Inpainting or a Blur, not {operator!r}")
     if solver.literal_last_fold:
         raise ValueError("only solvers whose last fold is whole can be exported: set literal_last_fold=False")
-    if task == "deblurring" and solver.x0.shape[2] != solver.x0.shape[3]:
-        raise ValueError(f"deblurring can be exported for square images, not {tuple(solver.x0.shape[2:])}")
+    if kind is Blur and height != width:
+        raise ValueError(f"Blur can be exported for square images, not {(height, width)}")
     graph, num_folds, (_, *shape) = _Graph(), solver.num_folds, solver.x0.shape
     levels = [_weights(graph, level) for level in zip(*(flow.levels for flow in flows))]
 
@@ -160,16 +162,16 @@ def export_onnx(solver: UnfoldedPGD, task: str, path: str | Path) -> None:
         names = iter(rest)
         parts = [[list(itertools.islice(names, len(part))) for part in level] for level in levels]
         mask = next(names, None)
-        residual = body("Sub", "y", _apply(body, task, x, mask))
-        x = body("Add", x, body("Mul", step_size, _apply(body, task, residual, mask, adjoint=True)))
+        residual = body("Sub", "y", _apply(body, kind, x, mask))
+        x = body("Add", x, body("Mul", step_size, _apply(body, kind, residual, mask, adjoint=True)))
         x, norm = _prox(body, flows[0], x, shrinkage, parts)
         return [x, body("Squeeze", x, body.constant(np.int64([0]))), norm]
 
     weights = [name for level in levels for part in level for name in part]
-    masks = ["mask"] if task == "inpainting" else []
+    masks = ["mask"] if kind is Inpainting else []
     x0 = graph.constant(solver.x0.cpu().float())
     _, *results = graph.scan(one_fold, x0, ["step_size", "shrinkage", *weights, *masks])
-    inputs = {"y": [1, *shape], **data[task], "step_size": [num_folds], "shrinkage": [num_folds]}
+    inputs = {"y": [1, *shape], **given[kind], "step_size": [num_folds], "shrinkage": [num_folds]}
     outputs = {"folds": [num_folds, *shape], "latent_norms": [num_folds]}
     for result, name in zip(results, outputs):
         graph.nodes.append(helper.make_node("Identity", [result], [name]))

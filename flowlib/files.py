@@ -17,18 +17,18 @@ _FIRST_SPACE = 0xEFFFFFFC  # Linux's number of the first namespace of processes
 
 
 def as_json(value: Any) -> Any:
-    """As JSON has it: NumPy's and PyTorch's numbers as Python's, tuples as lists. TypeError for others."""
+    """value in JSON's types: NumPy's and PyTorch's numbers as Python's, tuples as lists; else TypeError."""
     other = json.JSONEncoder().default
     return json.loads(json.dumps(value, default=lambda v: v.tolist() if hasattr(v, "tolist") else other(v)))
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Calls write(temporary_path), then renames it to path, whose folder is made where it is missing. Others
-    may read the file as the umask says, whoever wrote it."""
+    """Calls write(temporary_path), then renames that file to path and makes path's folder if needed. The
+    umask sets who may read the file, whichever library wrote it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    # In a folder of its own: libraries write beside the file, too, and what they leave is then swept as well.
+    # In a folder of its own: libraries also write beside the file, and the sweep removes their leftovers.
     folder = path.with_name(f".{path.name}.{_host()}.{os.getpid()}-{threading.get_ident()}.tmp")
     folder.mkdir(exist_ok=True)
     try:
@@ -36,7 +36,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         _share(folder / path.name, folder.stat().st_mode & 0o666)
         os.replace(folder / path.name, path)
     except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors tells of a full disk
+        number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' words for a full disk
         if isinstance(error, OSError) or not number:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
@@ -45,14 +45,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def _share(file, bits):
-    """safetensors writes files that their owner alone may read."""
+    """Adds these permissions: safetensors writes files that only their owner may read."""
     mode = file.stat().st_mode
     if bits & ~mode:
         file.chmod(stat.S_IMODE(mode | bits))
 
 
 def _host():
-    """This machine's name, and in a container that of its process numbers, which start at 1 in each."""
+    """This machine's name; in a container, also its namespace, as process numbers start at 1 in each."""
     try:
         space = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -61,8 +61,8 @@ def _host():
 
 
 def _sweep(path):
-    """Removes what killed processes of this machine wrote of it."""
-    if os.name != "posix":  # elsewhere a process cannot be asked whether it lives
+    """Removes unfinished files for path from killed processes of this machine."""
+    if os.name != "posix":  # os.kill(pid, 0) would end the process elsewhere
         return
     start = f".{path.name}.{_host()}."
     for left in path.parent.glob(f"{glob.escape(start)}*.tmp"):

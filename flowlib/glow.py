@@ -1,7 +1,6 @@
 """Glow (Kingma & Dhariwal 2018): the normalizing flow that serves as the image prior."""
 
 import copy
-import functools
 import math
 from collections.abc import Sequence
 
@@ -9,33 +8,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from flowlib.files import as_json
+from flowlib.fused import Fused, fuse
 from flowlib.images import Size, floating, height_and_width, standard_normal
-from flowlib.layers import FlowStep, Folded, LogDet, Mapped, Split, Squeeze, fold, sum_dtype, without_autocast
+from flowlib.layers import FlowStep, LogDet, Mapped, Split, Squeeze
+from flowlib.precision import sum_dtype, without_autocast
 from flowlib.reversible import run_chain
 
 Latents = Sequence[Tensor]  # one for each level
-Folds = list[list[Folded]] | None  # one for each step of each level
-
-
-def _in_own_dtype(method):
-    """Images and latents get the weights' type. torch.autocast must not touch the affine maps: what has 16
-    bits is set_compute_dtype's business."""
-
-    @functools.wraps(method)
-    def run(self, *inputs, **options):
-        weight = next(self.parameters(), None)
-        if weight is None:
-            raise RuntimeError("replicas of nn.DataParallel have no parameters: use DistributedDataParallel")
-
-        def cast(x):
-            return floating(x, weight.dtype) if isinstance(x, Tensor) else [cast(z) for z in x]
-
-        inputs = (*map(cast, inputs[:1]), *inputs[1:])
-        options |= {name: cast(options[name]) for name in ("x", "latents") if name in options}
-        with without_autocast(weight):
-            return method(self, *inputs, **options)
-
-    return run
+FusedLevels = list[list[Fused] | None] | None  # for each level, the weights of its steps
 
 
 class Glow(nn.Module):
@@ -65,29 +45,28 @@ class Glow(nn.Module):
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
-        self.config = as_json(arguments)
-        channels, num_levels, num_steps, _, last_level_steps, *_ = self.config.values()
+        self.config, self.memory = as_json(arguments), "plain"
+        num_levels, channels = self.config["num_levels"], self.config["in_channels"]
         if not 1 <= num_levels <= 16:
             raise ValueError(f"num_levels is {num_levels}: each halves the image, choose from 1 to 16")
-        self.memory = "plain"
-
-        def each(name):
-            value = self.config[name]
-            values = value if isinstance(value, list) else [value] * num_levels
-            if len(values) != num_levels:
-                raise ValueError(f"{name} {value}: give one number for each level ({num_levels}), or for all")
-            return values
-
-        steps = each("num_steps")
-        if not isinstance(num_steps, list):
-            steps[-1] = last_level_steps
-        self.squeezes = nn.ModuleList(Squeeze(contiguous) for contiguous in each("contiguous_squeeze"))
-        self.split, self.levels = Split(), nn.ModuleList()
-        for level_steps, hidden, bias in zip(steps, each("hidden_channels"), each("scale_bias")):
+        self.squeezes, self.split = nn.ModuleList(map(Squeeze, self._each("contiguous_squeeze"))), Split()
+        self.levels = nn.ModuleList()
+        names = ("num_steps", "hidden_channels", "scale_bias")
+        for steps, hidden, bias in zip(*map(self._each, names)):
             channels *= 4
-            rule = dict(scale=scale, max_log_scale=max_log_scale or 2 / level_steps, scale_bias=bias)
-            self.levels.append(nn.ModuleList(FlowStep(channels, hidden, **rule) for _ in range(level_steps)))
+            rule = dict(scale=scale, max_log_scale=max_log_scale or 2 / steps, scale_bias=bias)
+            self.levels.append(nn.ModuleList(FlowStep(channels, hidden, **rule) for _ in range(steps)))
             channels //= 2
+
+    def _each(self, name):
+        """The argument of this name at each level."""
+        value, num_levels = self.config[name], self.config["num_levels"]
+        values = value if isinstance(value, list) else [value] * num_levels
+        if len(values) != num_levels:
+            raise ValueError(f"{name} {value}: give one number for each level ({num_levels}), or for all")
+        if name == "num_steps" and not isinstance(value, list):
+            values[-1] = self.config["last_level_steps"]
+        return values
 
     def latent_shapes(self, image_size: Size) -> list[tuple[int, int, int]]:
         """Shapes (C, H, W) of the latents of an image of size image_size (one number, or (H, W))."""
@@ -99,47 +78,55 @@ class Glow(nn.Module):
         levels = range(1, n + 1)  # the last keeps the channels that others split off
         return [(channels * 2 ** (i + (i == n)), height // 2**i, width // 2**i) for i in levels]
 
-    def _check(self, x):
-        channels = self.config["in_channels"]
+    def _weight(self):
+        """One of the weights, whose type and device all images and latents have."""
+        weight = next(self.parameters(), None)
+        if weight is None:
+            raise RuntimeError("replicas of nn.DataParallel have no parameters: use DistributedDataParallel")
+        return weight
+
+    def _checked(self, x):
+        """The images in the weights' type."""
+        x, channels = floating(x, self._weight().dtype), self.config["in_channels"]
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"expected images (B, {channels}, H, W), got shape {tuple(x.shape)}")
         self.latent_shapes(tuple(x.shape[2:]))
+        return x
 
-    @_in_own_dtype
-    def fold(self, **which: bool) -> Folds:
-        """What the steps compute with, made once for several calls of forward and inverse. which: see
-        layers.fold. None in the memory modes that do not keep it."""
+    def fuse(self, **which: bool) -> FusedLevels:
+        """The fused weights of all steps, for several calls of forward and inverse. which: see fused.fuse.
+        None for each level in the memory modes that do not keep them."""
         if self.memory != "plain" and torch.is_grad_enabled():
-            return None
-        return [fold(list(level), **which) for level in self.levels]
+            return [None] * len(self.levels)
+        with without_autocast(self._weight()):  # which would round the affine maps to 16 bits
+            return [fuse(list(level), **which) for level in self.levels]
 
-    @_in_own_dtype
-    def forward(self, x: Tensor, folded: Folds = None, log_det: bool = True) -> tuple[Latents, LogDet]:
+    def forward(self, x: Tensor, fused: FusedLevels = None, log_det: bool = True) -> tuple[Latents, LogDet]:
         """z = f(x), equation (4): images (B, C, H, W) -> (latents, one tensor a level; log_det (B,) in nats).
-        folded: what fold() gave, if it serves several calls. Without log_det, it is not computed."""
-        self._check(x)
-        folded = folded or self.fold(inverse=False, log_det=log_det) or [None] * len(self.levels)
-        latents, total = [], x.new_zeros(x.shape[0])
-        for i, squeeze in enumerate(self.squeezes):
-            x, level_log_det = run_chain(self.levels[i], squeeze(x), False, self.memory, folded[i], log_det)
+        fused: from fuse(), where it serves several calls. log_det=False returns None for it."""
+        x = self._checked(x)
+        fused = fused or self.fuse(inverse=False, log_det=log_det)
+        latents, total = [], x.new_zeros(x.shape[0]) if log_det else None
+        for squeeze, level, weights in zip(self.squeezes, self.levels, fused):
+            x, level_log_det = run_chain(level, squeeze(x), False, self.memory, weights, log_det)
             total = total + level_log_det if log_det else None
-            if i < len(self.levels) - 1:
+            if level is not self.levels[-1]:
                 x, latent = self.split(x)
                 latents.append(latent)
         return (*latents, x), total
 
-    @_in_own_dtype
-    def inverse(self, latents: Latents, folded: Folds = None, log_det: bool = True) -> Mapped:
+    def inverse(self, latents: Latents, fused: FusedLevels = None, log_det: bool = True) -> Mapped:
         """x = g(z), equation (5): latents as forward returns them -> (images (B, C, H, W); log_det (B,) in
-        nats). folded, log_det: as in forward. Raises ValueError for another number of latents."""
+        nats). fused, log_det: as in forward. Raises ValueError for another number of latents."""
         if len(latents) != len(self.levels):
             raise ValueError(f"expected {len(self.levels)} latents, one for each level, got {len(latents)}")
-        folded = folded or self.fold(forward=False, log_det=log_det) or [None] * len(self.levels)
-        x, total = latents[-1], latents[-1].new_zeros(latents[-1].shape[0])
+        latents = [floating(z, self._weight().dtype) for z in latents]
+        fused = fused or self.fuse(forward=False, log_det=log_det)
+        x, total = latents[-1], latents[-1].new_zeros(latents[-1].shape[0]) if log_det else None
         for i in reversed(range(len(latents))):
             if i < len(latents) - 1:
                 x = self.split.inverse(x, latents[i])
-            x, level_log_det = run_chain(self.levels[i], x, True, self.memory, folded[i], log_det)
+            x, level_log_det = run_chain(self.levels[i], x, True, self.memory, fused[i], log_det)
             total = total + level_log_det if log_det else None
             x = self.squeezes[i].inverse(x)
         return x, total
@@ -157,34 +144,37 @@ class Glow(nn.Module):
         self, num_samples: int, image_size: Size, temperature: float = 1.0, generator: Generator | None = None
     ) -> Tensor:
         """Images (num_samples, C, H, W) = g(temperature * z), z ~ N(0, I) drawn with the generator."""
-        weight, shapes = next(self.parameters()), self.latent_shapes(image_size)
+        weight, shapes = self._weight(), self.latent_shapes(image_size)
         noise = (standard_normal((num_samples, *shape), weight, generator) for shape in shapes)
         return self.inverse([temperature * z for z in noise])[0]
 
-    def mode(self, image_size: Size) -> Tensor:
-        """g(0), the paper's initial guess x_0: (1, C, H, W)."""
-        weight = next(self.parameters())
-        return self.inverse([weight.new_zeros(1, *s) for s in self.latent_shapes(image_size)])[0]
+    def decode_zero(self, image_size: Size) -> Tensor:
+        """g(0), the paper's initial guess x_0: (1, C, H, W). Zero is the mode of the latents' density; g(0)
+        is not the mode of p(x), equation (6), which has another factor."""
+        zeros = [self._weight().new_zeros(1, *shape) for shape in self.latent_shapes(image_size)]
+        return self.inverse(zeros)[0]
+
+    mode = decode_zero  # its name in the paper's words, "the most likely image"
 
     @property
     def initialized(self) -> bool:
         """Whether `initialize` was done, here or before the flow was saved."""
         return bool(self.levels[0][0].actnorm.initialized)
 
-    @_in_own_dtype
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Sets every ActNorm from a batch of images (B, C, H, W), once, before training. Raises RuntimeError
         where it was done before; ValueError where a channel is constant: the flow is then as it was."""
-        self._check(x)
+        x = self._checked(x)
         if self.initialized:
             raise RuntimeError("this Glow is initialised already; initialise a new one, or train on without")
         trial = copy.deepcopy(self)
-        for squeeze, level in zip(trial.squeezes, trial.levels):
-            x = squeeze(x)
-            for step in level:
-                x = step.initialize(x)
-            x, _ = self.split(x)
+        with without_autocast(x):
+            for squeeze, level in zip(trial.squeezes, trial.levels):
+                x = squeeze(x)
+                for step in level:
+                    x = step.initialize(x)
+                x, _ = self.split(x)
         self.load_state_dict(trial.state_dict())
 
 

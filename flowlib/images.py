@@ -13,7 +13,7 @@ Size = int | tuple[int, int]  # of an image: one number, or (H, W)
 def split_indices(
     num_images: int, train: int, val: int, test: int, held_out: int | None = None, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Seeded, disjoint index arrays "train", "val", "test"; and "pretrain", all that is not held out.
+    """Seeded, disjoint index arrays "train", "val", "test"; and "pretrain", all images not held out.
 
     train, val, test: how many of num_images. held_out: size of each of the pools that val and test are taken
     from (default: the larger of the two). Splits that share it and the seed nest: the smaller one's test lies
@@ -73,7 +73,7 @@ def to_uint8(tensor: Tensor) -> np.ndarray:
     ValueError for integers, and where a number is not finite."""
     pixels = (floating(tensor).detach().float().cpu() + 0.5) * 255
     if not bool(pixels.isfinite().all()):
-        raise ValueError("an image holds numbers that are not finite: what made it broke down")
+        raise ValueError("an image holds numbers that are not finite: its solver or flow broke down")
     return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 

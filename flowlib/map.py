@@ -7,8 +7,8 @@ from torch import Tensor
 
 from flowlib.glow import Glow
 from flowlib.images import floating
-from flowlib.layers import sum_dtype
 from flowlib.operators import LinearOperator
+from flowlib.precision import sum_dtype
 
 
 @torch.no_grad()
@@ -41,10 +41,10 @@ def map_estimate(
     latents, _ = flow(like[:1] if start is None else like, log_det=False)  # refuses images that do not fit
     latents = [torch.zeros_like(z) if start is None else z for z in latents]
     latents = [z.expand(len(y), -1, -1, -1).clone().requires_grad_() for z in latents]
-    folded = flow.fold(forward=False, log_det=False)  # once, and without a graph: weights get no gradient
+    fused = flow.fuse(forward=False, log_det=False)  # once, and without a graph: weights get no gradient
 
     def objective():
-        x, _ = flow.inverse(latents, folded, log_det=False)
+        x, _ = flow.inverse(latents, fused, log_det=False)
         terms = [y - operator.A(x), *(math.sqrt(weight) * z for z in latents)]
         return x, sum(term.to(sum_dtype(term)).square().flatten(1).sum(1) for term in terms)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowlib.images import floating
-from flowlib.layers import as_double, sum_dtype
+from flowlib.precision import as_double, sum_dtype
 
 
 def psnr(x_hat: Tensor, x: Tensor, peak: float = 1.0) -> Tensor:

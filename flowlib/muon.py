@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): the optimizer by which a flow learns fastest here (the book's page "recipe")."""
+"""Muon (Jordan et al. 2024), the optimizer with which flows learnt fastest (the book's page "recipe")."""
 
 import math
 from collections import defaultdict
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for the kernels of convolutions: as matrices (out, in x taps), they move along the
-    orthogonal matrix nearest to their momentum.
+    """AdamW, except that kernels of convolutions, as matrices (out, in x taps), move along the orthogonal
+    matrix nearest to their momentum.
 
     A step is 0.2 sqrt(max(out, in x taps)) times the rate long, which makes its entries about as large as
     Adam's (Liu et al. 2025), so that both share one rate. torch.optim.Muon takes matrices alone, and computes
@@ -34,7 +34,7 @@ class Muon(torch.optim.AdamW):
             updates = updates * (lr * 0.2 * math.sqrt(max(updates.shape[1:])))
             for p, update in zip(params, updates):
                 p.sub_(update.reshape(shape))
-                p.grad = None  # AdamW leaves those alone
+                p.grad = None  # AdamW skips parameters without a gradient
         super().step(closure)
 
 

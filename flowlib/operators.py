@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from flowlib.images import Size, floating, height_and_width, standard_normal
-from flowlib.layers import as_double, without_autocast
+from flowlib.precision import as_double, without_autocast
 
 
 class LinearOperator(nn.Module):
@@ -41,7 +41,7 @@ class LinearOperator(nn.Module):
     @torch.no_grad()
     def norm_squared(self, like: Tensor, num_steps: int = 50) -> float:
         """‖A‖², the largest eigenvalue of AᵀA, by num_steps of the power iteration from seeded noise: at most
-        a few per cent too small. like: images (B, C, H, W), such as x0, of the size, type and device."""
+        a few per cent too small. like: images (B, C, H, W), such as x0, that give size, type and device."""
         x = standard_normal(like.shape, like, torch.Generator().manual_seed(0))
         with without_autocast(x):
             for _ in range(num_steps):
@@ -79,7 +79,7 @@ class Composition(LinearOperator):
 
 
 class Denoising(LinearOperator):
-    """A is the identity; everything to undo is the noise, of standard deviation sigma."""
+    """A is the identity: only the noise, of standard deviation sigma, must be removed."""
 
     def __init__(self, sigma: float = 0.2) -> None:
         super().__init__(sigma)
@@ -132,10 +132,10 @@ class Blur(LinearOperator):
     """Convolution with a truncated, normalised Gaussian of standard deviation sigma_b pixels.
 
     kernel_size: odd number of taps a side; the paper gives none; 3 is our choice (notebook "blur").
-    boundary: what lies outside: "circular" (the image repeats), "zero", or "reflect" (mirrored about the
-    centre of the edge pixel). sigma: of the noise. The Gaussian is separable: A x = B_H x B_Wᵀ with a small
-    band matrix B for each axis, and the adjoint is exact. Raises ValueError for an even kernel, a sigma_b
-    that is not positive, an unknown boundary, or a kernel larger than the image."""
+    boundary: the rule beyond the edge: "circular" (the image repeats), "zero", or "reflect" (mirrored about
+    the centre of the edge pixel). sigma: standard deviation of the noise. The Gaussian is separable:
+    A x = B_H x B_Wᵀ with a small band matrix B for each axis, and the adjoint is exact. Raises ValueError for
+    an even kernel, a sigma_b that is not positive, an unknown boundary, or a kernel larger than the image."""
 
     BOUNDARIES = {"circular": "circular", "zero": "constant", "reflect": "reflect"}
 

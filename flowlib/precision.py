@@ -1,15 +1,36 @@
-"""In which precision the networks inside a solver compute."""
+"""In which precision everything computes: networks perhaps in bfloat16, sums in float32 at least."""
 
 import functools
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """The type of sums over pixels: float32, as 16 bits overflow, or float64 where x has that."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def as_double(x: Tensor) -> Tensor:
+    """x in float64, or in float32 on a device that has no float64."""
+    try:
+        return x.double()
+    except (TypeError, RuntimeError):
+        return x.float()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context without torch.autocast, for linear maps that must fit their inverse or adjoint exactly."""
+    device = x.device.type
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Lets every coupling net, U-Net and ResNet in the model compute in dtype (bfloat16; None: as the input).
+    """Makes every coupling net, U-Net and ResNet in the model compute in dtype (bfloat16; None: the input's).
     Weights, affine maps and log-determinants keep their precision."""
     for module in model.modules():
         if hasattr(module, "compute_dtype"):
@@ -28,7 +49,7 @@ def bf16_pays(device_type: str = "cpu") -> bool:
 
 
 def _seconds(dtype):
-    """Of one convolution on the CPU, the fastest of ten; infinite where it cannot be computed."""
+    """The time of one convolution on the CPU, the fastest of ten; infinite where dtype is not supported."""
     like = dict(device="cpu", dtype=dtype)
     x = torch.ones(4, 64, 32, 32, **like).contiguous(memory_format=torch.channels_last)
     weight, times = torch.ones(64, 64, 3, 3, **like), []

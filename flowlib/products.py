@@ -12,10 +12,10 @@ from torch import nn
 
 
 def set_coupling(model: nn.Module, method: str) -> None:
-    """How every coupling net in the model is computed: "plain", by convolutions, as on CPUs; "products" (see
-    flowlib.products), "products-again" (its first layer is computed again, not kept), "products-fused" (its
-    sums are compiled) or "compiled" (torch.compile of the convolutions). ValueError for another. Which is
-    fastest on a GPU, benchmarks/card.py measures."""
+    """Selects how every coupling net in the model is computed: "plain", by convolutions, as on CPUs;
+    "products" (see flowlib.products), "products-again" (backward recomputes the first layer),
+    "products-fused" (sums are compiled) or "compiled" (torch.compile of the convolutions). ValueError for
+    another. benchmarks/card.py measures which is fastest on a GPU."""
     if method not in METHODS:
         raise ValueError(f"unknown coupling method {method!r}; choose one of {', '.join(METHODS)}")
     for module in model.modules():
@@ -24,7 +24,7 @@ def set_coupling(model: nn.Module, method: str) -> None:
 
 
 class _Products(torch.autograd.Function):
-    """x (B, C, H, W) and the folded weights and biases of the three convolutions -> (B, out, H, W)."""
+    """x (B, C, H, W) and the fused weights and biases of the three convolutions -> (B, out, H, W)."""
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, w3, b3, keep, back_through_relu):
@@ -32,7 +32,7 @@ class _Products(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             windows = _windows(x, w1.dtype)
             first = F.pad(w1.flatten(1), (0, _num_columns(c) - 9 * c))
-            last = w3.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)  # turned round, seen from where it reads
+            last = w3.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)  # rotated by 180°
             last = F.pad(last, (0, 0, 0, _num_columns(num_out) - 9 * num_out))
             second, h1 = w2.flatten(1), _linear_relu(windows, first, b1)
             h2 = _linear_relu(h1, second, b2)
@@ -97,7 +97,7 @@ def _linear_relu(rows, weight, bias):
 
 
 def _back_through_relu(grad, h):
-    """The gradient before the ReLU that gave h, and its sum over pixels, which is that of the bias."""
+    """The gradient before the ReLU that gave h, and its sum over pixels, the bias's gradient."""
     grad = torch.ops.aten.threshold_backward(grad, h, 0)
     return grad, grad.sum(0)
 
@@ -113,7 +113,7 @@ COMPILER = {"dynamic": False, "options": {"conv_1x1_as_mm": True}}
 
 @functools.cache
 def _compiled(function):
-    import torch._dynamo  # here, as these take their time
+    import torch._dynamo  # here, as these imports take seconds
     import torch._functorch.config
 
     torch._dynamo.config.recompile_limit = 64  # one for each level, size of batch and mode

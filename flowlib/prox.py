@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowlib.fused import has_values
 from flowlib.glow import Glow
 from flowlib.images import floating
-from flowlib.layers import has_values
 
 
 class Prox(nn.Module):
-    """What a solver asks of a proximal mapping. Any module with such a `forward` will do; to be saved, it
-    also needs `config`, a JSON-able dict of its arguments, and `from_config`, and a class that can be
-    imported. uses_shrinkage: whether the solver learns a λ for it; else `forward` may get None."""
+    """The interface of a proximal mapping. A solver takes any module with such a `forward`; to be saved, the
+    module also needs `config`, a JSON-able dict of its arguments, and `from_config`, and a class that can be
+    imported. uses_shrinkage: whether the solver learns a λ for it; else `forward` gets None."""
 
     uses_shrinkage: bool = False
 
@@ -25,11 +25,11 @@ class Prox(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Prox":
-        """A new one, with the sizes of the one whose config this is."""
+        """A new prox with the arguments in config."""
         return cls(**config)
 
     def forward(self, x: Tensor, shrinkage: Tensor | None = None) -> Tensor:
-        """An image more plausible than x, (B, C, H, W) both; shrinkage: λ of the fold."""
+        """An image more plausible than x, (B, C, H, W) both; shrinkage: the fold's λ."""
         raise NotImplementedError
 
 
@@ -50,13 +50,13 @@ class GlowProx(Prox):
         learnt = isinstance(shrinkage, Tensor) and (shrinkage.requires_grad or not has_values(shrinkage))
         if not learnt and not bool((torch.as_tensor(shrinkage, device="cpu") > -1).all()):
             raise ValueError(f"shrinkage must be > -1, as latents are divided by 1 + shrinkage: {shrinkage}")
-        folded = self.glow.fold(log_det=False)
-        latents, _ = self.glow(x, folded, log_det=False)
-        return self.glow.inverse([z / (1 + shrinkage) for z in latents], folded, log_det=False)[0]
+        fused = self.glow.fuse(log_det=False)
+        latents, _ = self.glow(x, fused, log_det=False)
+        return self.glow.inverse([z / (1 + shrinkage) for z in latents], fused, log_det=False)[0]
 
 
 class _ImageNet(Prox):
-    """What U-Net and ResNet share: no shrinkage, and an optional lower precision (`compute_dtype`)."""
+    """Base of U-Net and ResNet: no shrinkage, and an optional lower precision (`compute_dtype`)."""
 
     compute_dtype = None
 

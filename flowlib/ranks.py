@@ -1,4 +1,4 @@
-"""What the processes of a training on several devices share: torchrun starts them, each is a rank."""
+"""Communication of a training on several devices: torchrun starts one process, a rank, for each."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Which of how many this process is: (0, 1) outside of torch.distributed."""
+    """(rank, number of ranks) of this process: (0, 1) outside of torch.distributed."""
     started = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
 

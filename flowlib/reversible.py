@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flowlib.layers import FlowStep, Folded, Mapped, fold, pixelwise
+from flowlib.fused import Fused, conv1x1, fuse
+from flowlib.layers import FlowStep, Mapped
 
 
 class _ReversibleChain(torch.autograd.Function):
@@ -44,13 +45,13 @@ class _ReversibleChain(torch.autograd.Function):
         output, *parameters = ctx.saved_tensors
         _check_same(parameters, ctx.steps, "reversible")
         gradients, signed = {}, -grad_log_det if ctx.inverse else grad_log_det
-        parts = [_back_through_linear, _back_through_coupling]
+        parts = [_back_through_affine, _back_through_coupling]
         with torch.autocast(output.device.type, enabled=False):
             for step in ctx.steps if ctx.inverse else reversed(ctx.steps):
                 with torch.enable_grad():
-                    [folded] = fold([step])
+                    [fused] = fuse([step])
                 for back in parts if ctx.inverse else reversed(parts):
-                    output, grad = back(step, folded, ctx.inverse, output, grad, signed, gradients)
+                    output, grad = back(step, fused, ctx.inverse, output, grad, signed, gradients)
         return grad, None, None, *[gradients.get(p) for p in parameters]
 
 
@@ -59,17 +60,17 @@ def run_chain(
     x: Tensor,
     inverse: bool = False,
     memory: str = "reversible",
-    folded: list[Folded] | None = None,
+    fused: list[Fused] | None = None,
     log_det: bool = True,
 ) -> Mapped:
-    """(y, log_det or None) of the steps on x (B, C, H, W), or of their inverses in reverse. folded: what fold
-    made of them, for the memory mode "plain"; the others: see set_memory. Their backward pass raises
+    """(y, log_det or None) of the steps on x (B, C, H, W), or of their inverses in reverse. fused: their
+    weights from fuse, for the memory mode "plain"; the others: see set_memory. Their backward pass raises
     RuntimeError after functional_call, that of "reversible" also for second derivatives."""
     steps, total = list(steps), x.new_zeros(x.shape[0]) if log_det else None
     if memory == "reversible" and torch.is_grad_enabled():
         return _ReversibleChain.apply(x, steps, inverse, *[p for step in steps for p in step.parameters()])
     for i in reversed(range(len(steps))) if inverse else range(len(steps)):
-        run, inputs = steps[i].inverse if inverse else steps[i], (x, folded and folded[i], log_det)
+        run, inputs = steps[i].inverse if inverse else steps[i], (x, fused and fused[i], log_det)
         if memory == "checkpoint" and torch.is_grad_enabled():
             run = partial(checkpoint, _again, run, steps[i], list(steps[i].parameters()), use_reentrant=False)
         x, step_log_det = run(*inputs)
@@ -91,24 +92,24 @@ def _check_same(parameters, steps, memory):
         raise RuntimeError(f"{memory!r} knows no functional_call: use set_memory(model, 'plain')")
 
 
-def _back_through_linear(step, folded, inverse, output, grad, grad_log_det, gradients):
+def _back_through_affine(step, fused, inverse, output, grad, grad_log_det, gradients):
     """The input of the step's affine map, or its inverse, and its gradient; those of the parameters go into
     gradients."""
-    maps = folded.linear, folded.inverse_linear
+    maps = fused.affine, fused.inverse_affine
     (weight, bias), undo = reversed(maps) if inverse else maps
-    x = pixelwise(output, *(v.detach() for v in undo))
+    x = conv1x1(output, *(v.detach() for v in undo))
     grad_weight = torch.einsum("bohw,bihw->oi", grad, x)
     grads = grad_weight, grad.sum(dim=(0, 2, 3))[:, None], grad_log_det.sum() * x.shape[2:].numel()
-    _add_gradients(gradients, step, (weight, bias, folded.log_det), grads)
-    return x, pixelwise(grad, weight.detach().T, grad.new_zeros(len(weight), 1))
+    _add_gradients(gradients, step, (weight, bias, fused.log_det), grads)
+    return x, conv1x1(grad, weight.detach().T, grad.new_zeros(len(weight), 1))
 
 
-def _back_through_coupling(step, folded, inverse, output, grad, grad_log_det, gradients):
+def _back_through_coupling(step, fused, inverse, output, grad, grad_log_det, gradients):
     """The same of the step's coupling."""
     (a, b), (grad_a, grad_b) = output.chunk(2, dim=1), grad.chunk(2, dim=1)
     with torch.enable_grad():
         b = b.detach().requires_grad_()
-        log_s, t = step.coupling.log_scale_and_shift(b, folded.convs)
+        log_s, t = step.coupling.log_scale_and_shift(b, fused.convs)
     s, shift, grad_log_det = log_s.detach().exp(), t.detach(), grad_log_det[:, None, None, None].to(a.dtype)
     if inverse:
         x_a, grad_x = a * s + shift, grad_a / s
@@ -122,7 +123,7 @@ def _back_through_coupling(step, folded, inverse, output, grad, grad_log_det, gr
 
 def _add_gradients(gradients, module, outputs, grads, x=None):
     """Adds to gradients those of the module's trained parameters; returns that of x. Outputs without a graph
-    are of frozen parameters alone."""
+    depend only on frozen parameters."""
     inputs = [p for p in module.parameters() if p.requires_grad] + ([] if x is None else [x])
     wanted = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]
     if not wanted:

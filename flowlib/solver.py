@@ -1,26 +1,13 @@
 """The unfolded proximal gradient solver, the paper's algorithm."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flowlib.glow import Glow, standard_normal_log_prob
-from flowlib.layers import sum_dtype, without_autocast
+from flowlib.folds import Fold, describe_fold
 from flowlib.operators import LinearOperator
-
-
-class Fold(NamedTuple):
-    """What one fold did, detached: x_tilde, x (B, C, H, W); for flow proxes also (B,), else None, the norms
-    ``‖f(x_tilde)‖`` and ``‖z‖`` after shrinkage, and log p_k(x_tilde), log p_k(x) in nats."""
-
-    x_tilde: Tensor
-    x: Tensor
-    latent_norm_tilde: Tensor | None = None
-    latent_norm: Tensor | None = None
-    log_prob_tilde: Tensor | None = None
-    log_prob: Tensor | None = None
+from flowlib.precision import without_autocast
 
 
 class UnfoldedPGD(nn.Module):
@@ -67,6 +54,24 @@ class UnfoldedPGD(nn.Module):
         """Measurements y (B, C, H, W) and the operator that made them, or a list of K -> x_hat (B, C, H, W);
         with return_folds: (x_hat, list of K Fold). Raises ValueError where y does not fit x0, or there are
         not as many operators as folds."""
+        self._check(y)
+        x, folds = self.x0.expand(y.shape[0], -1, -1, -1), []
+        for prox, mu, lam, op in self._folds(operator):
+            with without_autocast(x):
+                x_tilde = self._typed(x + mu * op.A_adjoint(y - op.A(x)))
+            x = prox(x_tilde, lam).to(x_tilde.dtype)  # as autocast may give 16 bits
+            if return_folds:
+                folds.append(describe_fold(prox, lam, x_tilde, x))
+        x_hat = x_tilde if self.literal_last_fold else x
+        return (x_hat, folds) if return_folds else x_hat
+
+    def _folds(self, operator):
+        """(prox, μ, λ, operator) of each fold."""
+        several = isinstance(operator, (list, tuple, nn.ModuleList))
+        operators = operator if several else [operator] * self.num_folds
+        return zip(self.proxes, self.step_size, self.shrinkage, operators, strict=True)
+
+    def _check(self, y):
         if y.shape[1:] != self.x0.shape[1:]:
             raise ValueError(f"measurements {tuple(y.shape)} do not fit x0 of shape {tuple(self.x0.shape)}")
         dtype = self.x0.dtype
@@ -74,39 +79,10 @@ class UnfoldedPGD(nn.Module):
         if not inexact or torch.promote_types(y.dtype.to_real(), dtype) != dtype:
             types = f"{y.dtype} do not fit a solver of {dtype}"
             raise ValueError(f"measurements of {types}: see flowlib.images.to_tensor, or y.to({dtype})")
-        several = isinstance(operator, (list, tuple, nn.ModuleList))
-        operators = operator if several else [operator] * self.num_folds
-        x, folds = self.x0.expand(y.shape[0], -1, -1, -1), []
-        for prox, mu, lam, op in zip(self.proxes, self.step_size, self.shrinkage, operators, strict=True):
-            with without_autocast(x):
-                x_tilde = x + mu * op.A_adjoint(y - op.A(x))
-            if x_tilde.dtype != dtype:
-                raise ValueError(
-                    f"A_adjoint gave {x_tilde.dtype}, the solver is of {dtype}: operator.to({dtype})"
-                )
-            x = prox(x_tilde, lam).to(dtype)  # which autocast may have made 16 bits wide
-            if return_folds:
-                folds.append(describe_fold(prox, lam, x_tilde, x))
-        x_hat = x_tilde if self.literal_last_fold else x
-        return (x_hat, folds) if return_folds else x_hat
 
-
-@torch.no_grad()
-def describe_fold(prox: nn.Module, shrinkage: Tensor | None, x_tilde: Tensor, x: Tensor) -> Fold:
-    """The Fold of x = prox(x_tilde, shrinkage)."""
-    glow = getattr(prox, "glow", None)
-    if not isinstance(glow, Glow) or shrinkage is None:
-        return Fold(x_tilde.detach(), x.detach())
-    latents, log_det = glow(torch.cat([x_tilde, x]))  # one pass for both, as weights are folded for each
-    norm = sum(z.to(sum_dtype(z)).square().sum(dim=(1, 2, 3)) for z in latents).sqrt()[: len(x)]
-    log_probs = (standard_normal_log_prob(latents) + log_det).chunk(2)
-    return Fold(x_tilde.detach(), x.detach(), norm, norm / (1 + shrinkage), *log_probs)
-
-
-def find_nonfinite_fold(folds: Sequence[Fold]) -> str | None:
-    """Where a reconstruction first stopped being finite, e.g. "fold 2: the proximal mapping", or None."""
-    for k, fold in enumerate(folds, start=1):
-        for values, what in ((fold.x_tilde, "data-consistency step"), (fold.x, "proximal mapping")):
-            if not bool(torch.isfinite(values).all()):
-                return f"fold {k}: the {what}"
-    return None
+    def _typed(self, x):
+        if x.dtype != self.x0.dtype:
+            raise ValueError(
+                f"A_adjoint gave {x.dtype}, the solver is of {self.x0.dtype}: operator.to({self.x0.dtype})"
+            )
+        return x

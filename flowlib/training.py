@@ -1,7 +1,7 @@
 """Training of a flow by likelihood or of a solver by mean squared error: a loop that resumes.
 
 Every random draw of a step comes from a generator seeded by (seed, purpose, step), so a run that was killed
-and resumed from its last checkpoint ends with the same weights, to the bit, as one that was not."""
+and resumed from its last checkpoint ends with the same weights, to the bit, as an uninterrupted one."""
 
 import copy
 import math
@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowlib.checkpoints import load_state, load_tensors, part_of, save_tensors
+from flowlib.checkpoints import load_state, load_tensors, save_tensors, without_prefix
 from flowlib.files import as_json, write_atomically
+from flowlib.graphs import capture
 from flowlib.muon import Muon
 from flowlib.precision import bf16_pays, set_compute_dtype
 from flowlib.ranks import any_rank, average, copy_from_first, rank_and_size
@@ -30,27 +31,24 @@ OPTIMIZERS = {"adam": torch.optim.AdamW, "muon": Muon}
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of one training. The rate rises over warmup_steps and, with cosine, falls to 0 at num_steps;
-    clip_norm: the largest norm of a gradient (inf: any); patience: validations without improvement before it
-    stops; max_restarts: how often a run that broke down goes on from its best weights at half the rate. For
-    bf16: networks compute in bfloat16 where the machine is faster so (precision.bf16_pays); fixed_norms: the
-    last part of the steps, from 0 to 1, in which BatchNorm normalises by its averages, as it does afterwards;
-    optimizer: "adam" or "muon".
-    For the caller of fit: lr, of the networks; scalar_lr, of μ and λ; shrinkage: where λ starts; val_images;
-    and mirror: half of the images, at random, are mirrored left to right."""
+    """Settings of one training. lr: the rate of parameter groups that name none. It rises over warmup_steps
+    and, with cosine, falls to 0 at num_steps. clip_norm: the largest norm of a gradient (inf: any); patience:
+    validations without improvement before it stops; max_restarts: how often a run that broke down resumes
+    from its best weights at half the rate. bf16: networks compute in bfloat16 where the machine is faster so
+    (precision.bf16_pays); fixed_norms: the last fraction of the steps, from 0 to 1, in which BatchNorm
+    normalises by its averages, as it does afterwards; optimizer: "adam" or "muon".
+
+    Raises ValueError for the first setting that has another type or is too small. A subclass with settings of
+    its own adds their least values to LEAST."""
 
     num_steps: int
     batch_size: int
     lr: float
-    scalar_lr: float = 1e-2
     warmup_steps: int = 50
     cosine: bool = True
     clip_norm: float = 1.0
     weight_decay: float = 0.0
-    shrinkage: float = 0.1
     validate_every: int = 100
-    val_images: int = 200
-    mirror: bool = False
     patience: int = 10
     max_restarts: int = 3
     bf16: bool = True
@@ -58,25 +56,23 @@ class Training:
     fixed_norms: float = 0.0
     optimizer: str = "adam"
 
+    LEAST = dict(num_steps=1, batch_size=1, validate_every=1, clip_norm=1e-12)  # of all others: 0
+
     def __post_init__(self) -> None:
-        """ValueError that names the first setting that is of another type or too small."""
-        lowest = dict(
-            num_steps=1, batch_size=1, validate_every=1, val_images=1, shrinkage=-1, clip_norm=1e-12
-        )
         for field in (field for field in fields(self) if field.type is not str):
-            value, least = getattr(self, field.name), lowest.get(field.name, 0)
+            value, least = getattr(self, field.name), self.LEAST.get(field.name, 0)
             if not isinstance(value, Real if field.type is float else Integral) or not value >= least:
                 kind = field.type.__name__
                 raise ValueError(f"{field.name} must be of type {kind} and at least {least}, not {value!r}")
-            object.__setattr__(self, field.name, field.type(value))  # JSON knows none of NumPy's numbers
+            object.__setattr__(self, field.name, field.type(value))  # JSON has no numbers of NumPy
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
         if self.fixed_norms > 1:
-            raise ValueError(f"fixed_norms is a part of the steps, from 0 to 1, not {self.fixed_norms}")
+            raise ValueError(f"fixed_norms is a fraction of the steps, from 0 to 1, not {self.fixed_norms}")
 
 
 class Diverged(FloatingPointError):
-    """A training that broke down more often than it may: message and summary tell how."""
+    """A training that broke down more than max_restarts times. message: why; summary: that of fit so far."""
 
     def __init__(self, message: str, summary: dict) -> None:
         super().__init__(message)
@@ -84,7 +80,7 @@ class Diverged(FloatingPointError):
 
 
 def generator_for(seed: int, purpose: str, step: int = 0) -> torch.Generator:
-    """A torch.Generator that depends on all three; purpose is a word."""
+    """A torch.Generator seeded by all three arguments; purpose is a word."""
     key = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), step]).generate_state(1, np.uint64)[0]
     return torch.Generator("cpu").manual_seed(int(key) >> 1)
 
@@ -96,12 +92,6 @@ def batch_indices(step: int, batch_size: int, num_images: int, seed: int) -> np.
     return order[position * batch_size : (position + 1) * batch_size].numpy()
 
 
-def mirrored(x: Tensor, seed: int, step: int) -> Tensor:
-    """x (B, C, H, W) with about half of its images mirrored left to right."""
-    chosen = torch.rand(len(x), generator=generator_for(seed, "mirror", step), device="cpu") < 0.5
-    return torch.where(chosen[:, None, None, None].to(x.device), x.flip(3), x)
-
-
 def learning_rate_factor(step: int, settings: Training, restarts: Sequence[dict] = ()) -> float:
     """Linear warm-up, then constant or half a cosine to zero; each restart halves it and warms up again."""
     start = restarts[-1]["step"] if restarts else 0
@@ -111,12 +101,12 @@ def learning_rate_factor(step: int, settings: Training, restarts: Sequence[dict]
 
 
 def _batch_norms(model):
-    """Every kind: of one, two and three dimensions, and over several processes."""
+    """All BatchNorms: of one, two and three dimensions, and over several processes."""
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def _train(model, fixed_norms=False):
-    """model.train(), but for BatchNorms that are frozen, whose averages must stay; or for all of them."""
+    """model.train(), except frozen BatchNorms, whose averages must stay; with fixed_norms, except all."""
     model.train()
     for norm in _batch_norms(model):
         if fixed_norms or norm.affine and not norm.weight.requires_grad:
@@ -125,9 +115,9 @@ def _train(model, fixed_norms=False):
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, loss: Callable[..., Tensor], batches: Iterable[tuple[Tensor, ...]]) -> None:
-    """Makes the averages that BatchNorm evaluates with anew, from these batches at the present weights. Those
-    kept during training lag behind weights that still move, and in a chain of folds the lag multiplies. The
-    model is in training mode afterwards."""
+    """Computes BatchNorm's averages anew, from these batches at the present weights. Averages of the training
+    lag behind weights that still move, and in a chain of folds the lag multiplies. The model is in training
+    mode afterwards."""
     _train(model)
     norms = [norm for norm in _batch_norms(model) if norm.training and norm.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -153,21 +143,21 @@ def fit(
     identity: dict | None = None,
     explain: Callable[..., str | None] | None = None,
 ) -> dict:
-    """Trains model in place to the weights that were best on validation; returns a summary.
+    """Trains model in place to its best weights on validation; returns a summary.
 
     groups: optimizer parameter groups, their lr by default settings.lr. make_batch(indices, step) draws a
-    batch, a tuple of tensors, of which loss, given them, makes a scalar; on a GPU a step is captured as a
-    graph, so loss must neither draw nor wait. A BatchNorm whose weights are frozen stays as it is. Writes
-    directory/log.csv and, every settings.checkpoint_minutes, at Ctrl-C and at the end, resume.safetensors,
-    from which training goes on; a finished one of other settings is written over. identity: what else the
-    run depends on, such as the images' hash. A run whose loss or gradient is not finite, or whose validation
-    loss is three times its best (worse than a negative best by twice its size), goes on from its best weights
-    at half the rate. Where torch.distributed is initialised, every rank calls fit alike: each takes its share
-    of every batch, gradients are averaged, rank 0 writes, and the weights are those of one process.
+    batch, a tuple of tensors, and loss(*batch) is a scalar; on a GPU a step is captured as a graph, so loss
+    must neither draw nor wait. A BatchNorm whose weights are frozen stays as it is. Writes directory/log.csv
+    and, every settings.checkpoint_minutes, at Ctrl-C and at the end, resume.safetensors. A training resumes
+    from it; that of another, finished training is replaced. identity: further settings of the run, such as
+    the images' hash. A run whose loss or gradient is not finite, or whose validation loss is three times its
+    best (worse than a negative best by twice its size), resumes from its best weights at half the rate. Where
+    torch.distributed is initialised, every rank calls fit alike: each takes its share of every batch,
+    gradients are averaged, rank 0 writes, and the weights are those of one process.
 
     Raises ValueError for fewer images than a batch, a batch that ranks cannot share evenly, a model in
     DistributedDataParallel, or an unfinished resume file of another run; Diverged after settings.max_restarts
-    restarts, with what explain says of the batch as the reason."""
+    restarts, with explain(*batch), the place that broke, as the reason."""
     from tqdm.auto import tqdm  # here, so that flowlib needs it for training alone
 
     if num_images < settings.batch_size:
@@ -235,7 +225,7 @@ def fit(
 
 @contextmanager
 def _interrupts() -> Iterator[list]:
-    """A list that Ctrl-C fills, so that a step ends before it is obeyed; a second one is obeyed at once."""
+    """A list that the first Ctrl-C fills, so that the step can end; a second Ctrl-C interrupts at once."""
     asked, usual = [], signal.default_int_handler
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is usual
     if ours:
@@ -248,7 +238,7 @@ def _interrupts() -> Iterator[list]:
 
 
 class _Run:
-    """The state of one training: what is saved, and how it goes on."""
+    """The state of one training: its steps, validations, restarts and files."""
 
     def __init__(self, model, groups, loss, settings, identity, directory, num_ranks):
         self.num_ranks = num_ranks
@@ -264,7 +254,7 @@ class _Run:
         self._make_optimizer()
 
     def _make_optimizer(self):
-        self._captured = {}  # the graph of a step, by whether norms are fixed in it
+        self._captured = {}  # a step as a CUDA graph; the key: whether norms are fixed in it
         device = self.parameters[0].device
         # The rate is a tensor so that a captured step can read it.
         groups = [group | {"lr": torch.tensor(float(group["lr"]), device=device)} for group in self.groups]
@@ -272,7 +262,7 @@ class _Run:
         self.optimizer = OPTIMIZERS[self.settings.optimizer](groups, fused=True, **options)
 
     def note_precision(self, name):
-        """For the record: a run that was moved to another machine may have had both."""
+        """For the record: a run that moved to another machine may have had both precisions."""
         if name not in self.state["precision"]:
             self.state["precision"].append(name)
 
@@ -280,18 +270,16 @@ class _Run:
         return self.state["step"] >= self.settings.num_steps or self.state["stopped_early"]
 
     def step(self, batch, explain, fixed_norms=False):
-        """One step of Adam; the loss."""
+        """One step of the optimizer; the loss."""
         factor = learning_rate_factor(self.state["step"], self.settings, self.state["restarts"])
         for group, given in zip(self.optimizer.param_groups, self.groups):
             group["lr"].fill_(given["lr"] * factor)
         _train(self.model, fixed_norms)
         if self.parameters[0].device.type == "cuda":
             if fixed_norms not in self._captured:
-                self._captured = {fixed_norms: self._capture(batch)}
-            graph, inputs, outputs = self._captured[fixed_norms]
-            for kept, new in zip(inputs, batch):
-                kept.copy_(new)
-            graph.replay()
+                update = capture(self._update, batch, self.model, self.optimizer)
+                self._captured = {fixed_norms: update}
+            outputs = self._captured[fixed_norms](batch)
         else:
             outputs = self._update(batch)
         loss, norm = (value.item() for value in outputs)
@@ -302,7 +290,7 @@ class _Run:
         return loss
 
     def _update(self, batch):
-        """The loss, and the norm of its gradient; where that is not finite, Adam changes no weight."""
+        """The loss, and the norm of its gradient. If that is not finite, the optimizer changes no weight."""
         self.optimizer.zero_grad()
         loss = self.loss(*batch)
         loss.backward()
@@ -313,27 +301,6 @@ class _Run:
         self.optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
         self.optimizer.step()
         return loss, norm
-
-    def _capture(self, batch):
-        """_update as one CUDA graph: a flow is thousands of small kernels, and to launch one takes longer
-        than to run it."""
-        inputs, model = [value.clone() for value in batch], copy.deepcopy(self.model.state_dict())
-        moments = {p: copy.deepcopy(state) for p, state in self.optimizer.state.items()}
-        torch.backends.cuda.preferred_linalg_library("cusolver")  # the others cannot be captured
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # in which libraries choose their kernels, and Adam makes its moments
-                    self._update(inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
-                outputs = self._update(inputs)
-        self.model.load_state_dict(model)
-        for parameter, state in self.optimizer.state.items():
-            for key, value in state.items():
-                value.copy_(moments[parameter][key]) if parameter in moments else value.zero_()
-        return graph, inputs, outputs
 
     def validate(self, validation_loss, loss):
         """Keeps the best weights, or starts again from them if the model broke down; the validation loss."""
@@ -354,7 +321,7 @@ class _Run:
         self._tick()
         row = dict(step=state["step"], images_seen=state["step"] * settings.batch_size, loss=loss)
         row |= dict(val_loss=value) | {k: round(state[k], 2) for k in self._clocks}
-        # What is not finite has no place in JSON.
+        # JSON has no infinities.
         state["history"].append({k: v if math.isfinite(v) else None for k, v in row.items()})
         lines = [state["history"][0], *(row.values() for row in state["history"])]
         text = "".join(",".join("" if v is None else str(v) for v in line) + "\n" for line in lines)
@@ -379,7 +346,7 @@ class _Run:
         self._clocks = now
 
     def summary(self):
-        """What a record keeps of a training."""
+        """The record of a training: its settings, history, restarts, times."""
         state, names = self.state, {"step": "steps", "best_loss": "best_val_loss"}
         summary = {names.get(key, key): value for key, value in state.items()}
         summary["best_val_loss"] = state["best_loss"] if math.isfinite(state["best_loss"]) else None
@@ -397,7 +364,7 @@ class _Run:
         self.last_saved = time.monotonic()
 
     def resume(self):
-        """Goes on from the resume file, if there is one; a finished one of other settings is ignored."""
+        """Loads the resume file, if there is one; that of a finished run with other settings is ignored."""
         if not self.path.exists():
             return
         tensors, header = load_tensors(self.path)
@@ -410,10 +377,10 @@ class _Run:
             advice = "set it back, or choose another directory; or delete the file, to start anew"
             raise ValueError(f"{self.path} is of a run with other settings or images ({what}): {advice}")
         self.state |= header["state"]
-        load_state(self.model, part_of(tensors, "model."), self.path)
-        self.best = {k: v.to(self.best[k].device) for k, v in part_of(tensors, "best.").items()}
+        load_state(self.model, without_prefix(tensors, "model."), self.path)
+        self.best = {k: v.to(self.best[k].device) for k, v in without_prefix(tensors, "best.").items()}
         saved = self.optimizer.state_dict()
-        for key, value in part_of(tensors, "optimizer.").items():
+        for key, value in without_prefix(tensors, "optimizer.").items():
             index, name = key.split(".")
             if name != "step":  # the fused optimizer reads memory in the order of its parameter
                 value = torch.empty_like(self.parameters[int(index)]).detach().copy_(value)

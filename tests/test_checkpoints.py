@@ -526,6 +526,8 @@ HOSTILE = {
     "shared with none": lambda f: described(f, SCALE, shared={"proxes.0.factor": "proxes.7.factor"}),
     "shared with itself": lambda f: described(f, SCALE, shared={"proxes.0.part": "proxes.0"}),
     "many": lambda f: described(f, SCALE, folds=[SCALE] * 10**4),
+    "many blocks": lambda f: described(f, {"prox": "resnet", "config": {"width": 1, "num_blocks": 10**9}}),
+    "many steps": lambda f: described(f, {"prox": "glow", "config": {"num_steps": 10**9}}),
 }
 
 

@@ -53,7 +53,7 @@ def small_solver(num_folds=2, **options):
 @pytest.mark.parametrize("task", OPERATORS)
 def test_an_exported_solver_answers_as_pytorch_does(task, num_folds, tmp_path):
     solver, operator = small_solver(num_folds), OPERATORS[task]
-    export_onnx(solver, task, tmp_path / "solver.onnx")
+    export_onnx(solver, operator, tmp_path / "solver.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "solver.onnx")
     given = {
         "denoising": {},
@@ -74,7 +74,7 @@ def test_an_exported_solver_answers_as_pytorch_does(task, num_folds, tmp_path):
 
 
 def test_an_exported_solver_does_not_look_at_blocked_pixels(tmp_path):
-    export_onnx(small_solver(), "inpainting", tmp_path / "solver.onnx")
+    export_onnx(small_solver(), Inpainting(19), tmp_path / "solver.onnx")
     session, mask = onnxruntime.InferenceSession(tmp_path / "solver.onnx"), Inpainting(19).mask
     y = to_tensor(data.draw_faces(range(1)))
     inputs = {"mask": mask.expand(2, 1, -1, -1).numpy(), "step_size": np.float32([0.5, 0.5])}
@@ -88,24 +88,24 @@ def test_an_exported_solver_does_not_look_at_blocked_pixels(tmp_path):
 
 def test_what_cannot_be_exported_is_named(tmp_path):
     with pytest.raises(ValueError, match="only solvers with a flow"):
-        export_onnx(UnfoldedPGD([UNetProx(2)], torch.zeros(1, 3, 64, 64)), "denoising", tmp_path / "a.onnx")
+        export_onnx(UnfoldedPGD([UNetProx(2)], torch.zeros(1, 3, 64, 64)), Denoising(), tmp_path / "a.onnx")
     with pytest.raises(ValueError, match="'sigmoid'"):
-        export_onnx(small_solver(scale="sigmoid"), "denoising", tmp_path / "a.onnx")
+        export_onnx(small_solver(scale="sigmoid"), Denoising(), tmp_path / "a.onnx")
     flows = [Glow(num_levels=2, num_steps=steps, hidden_channels=4) for steps in (1, 2)]
     with pytest.raises(ValueError, match="all of one size"):
         unequal = UnfoldedPGD([GlowProx(flow) for flow in flows], torch.zeros(1, 3, 8, 8))
-        export_onnx(unequal, "denoising", tmp_path / "a.onnx")
-    with pytest.raises(ValueError, match="denoising, inpainting or deblurring, not 'inpaint'"):
-        export_onnx(small_solver(), "inpaint", tmp_path / "a.onnx")
+        export_onnx(unequal, Denoising(), tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match="a Denoising, an Inpainting or a Blur, not 'inpainting'"):
+        export_onnx(small_solver(), "inpainting", tmp_path / "a.onnx")
     glow = flows[0]
     oblong = UnfoldedPGD([GlowProx(glow)], torch.zeros(1, 3, 8, 12))
     with pytest.raises(ValueError, match=r"for square images, not \(8, 12\)"):
-        export_onnx(oblong, "deblurring", tmp_path / "a.onnx")
+        export_onnx(oblong, Blur(), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
     solver = small_solver()
-    export_onnx(solver, "denoising", tmp_path / "a.onnx")
+    export_onnx(solver, Denoising(), tmp_path / "a.onnx")
     set_compute_dtype(solver, torch.bfloat16)  # of a training on the way; the file is float32 either way
-    export_onnx(solver, "denoising", tmp_path / "b.onnx")
+    export_onnx(solver, Denoising(), tmp_path / "b.onnx")
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
@@ -140,7 +140,7 @@ def test_what_is_packed_is_the_same_file_again(tmp_path):
     solver, operator, path = small_solver(3), Denoising(0.2), tmp_path / "solver.onnx"
     y = measure(operator, to_tensor(data.draw_faces(range(1))), 0)
     ours, steps = weights.rounded(solver, operator, y, error=0.01)
-    export_onnx(ours, "denoising", path)
+    export_onnx(ours, Denoising(), path)
     packed = weights.pack(path, steps)
     assert len(packed) < path.stat().st_size / 2
     path.write_bytes(weights.unpack(packed))

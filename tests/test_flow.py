@@ -237,11 +237,11 @@ def test_forward_mode_agrees_with_and_without_gradients():
 def test_folding_once_gives_the_same():
     glow = small_glow()
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64) - 0.5
-    folded = glow.fold()
-    latents, log_det = glow(x, folded)
+    fused = glow.fuse()
+    latents, log_det = glow(x, fused)
     assert all(torch.equal(a, b) for a, b in zip(latents, glow(x)[0])) and torch.equal(log_det, glow(x)[1])
-    assert torch.equal(glow.inverse(latents, folded)[0], glow.inverse(latents)[0])
-    images, nothing = glow.inverse(glow(x, folded, log_det=False)[0], folded, log_det=False)
+    assert torch.equal(glow.inverse(latents, fused)[0], glow.inverse(latents)[0])
+    images, nothing = glow.inverse(glow(x, fused, log_det=False)[0], fused, log_det=False)
     assert nothing is None and torch.equal(images, glow.inverse(latents)[0])
 
 
@@ -291,7 +291,7 @@ def test_the_fused_convolution_is_the_plain_one(dtype, pays, tolerance, monkeypa
     it fails on processors that only emulate this."""
     if dtype == torch.bfloat16 and pays and not bf16_pays():
         pytest.skip("this processor has no bfloat16")
-    monkeypatch.setattr("flowlib.layers.bf16_pays", lambda: pays)
+    monkeypatch.setattr("flowlib.fused.bf16_pays", lambda: pays)
     expected = 1 if pays or dtype == torch.float32 else 3
     torch.manual_seed(0)
     net, x = randomize(CouplingNet(6, 32, 12)), torch.randn(2, 6, 8, 8)

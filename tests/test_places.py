@@ -198,7 +198,7 @@ def test_every_lock_is_one_of_these():
     "build",
     ["/", ".", "..", "", "companion", "./results/", "data/x", "build/../flowlib", ".git", "README.md/x"],
 )
-def test_a_build_is_no_part_of_the_project(tmp_path, build):
+def test_a_build_is_no_without_prefix_the_project(tmp_path, build):
     with pytest.raises(ValueError, match=f"^BUILD={build!r} .*: give a folder of its own"):
         build_folder(build)
     (tmp_path / "link").symlink_to(ROOT / build)

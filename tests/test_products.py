@@ -6,7 +6,8 @@ from torch.func import functional_call, jvp, vmap
 
 from companion.memory import kept_bytes
 from flowlib import GlowProx, Inpainting, UnfoldedPGD, products, set_compute_dtype, set_coupling, set_memory
-from flowlib.layers import AffineCoupling, CouplingNet, fold_nets
+from flowlib.fused import fuse_nets
+from flowlib.layers import AffineCoupling, CouplingNet
 from tests.test_flow import randomize, small_glow
 
 SHAPES = {"square": (3, 4, 6, 6), "flat": (2, 4, 3, 8), "one": (1, 6, 4, 2), "a pixel": (2, 4, 1, 1)}
@@ -87,7 +88,7 @@ def test_a_solver_in_every_memory_mode(memory, method):
 
 def test_against_finite_differences():
     net, x = net_and_input((1, 2, 2, 3), torch.float64, hidden=2)
-    weights = [t.detach().requires_grad_() for conv in fold_nets([net])[0] for t in conv]
+    weights = [t.detach().requires_grad_() for conv in fuse_nets([net])[0] for t in conv]
     torch.autograd.gradcheck(products.METHODS["products"], (x, *weights), fast_mode=True)
 
 
@@ -192,7 +193,7 @@ def test_autocast_leaves_the_products_alone():
     net, x = net_and_input((2, 4, 4, 4), torch.float32)
     expected = outcome(net, x, "products")
     set_coupling(net, "products")
-    weights = fold_nets([net])[0]
+    weights = fuse_nets([net])[0]
     with torch.autocast("cpu", torch.bfloat16):
         y = net(x, weights)
     assert torch.equal(y, expected[0])

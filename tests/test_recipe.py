@@ -10,10 +10,9 @@ from benchmarks import recipe
 from companion import compute, records, results, runs
 from companion.experiment import Experiment
 from companion.queue import TASK_ORDER, queue
-from companion.settings import PROFILES
+from companion.settings import PROFILES, Training
 from companion.training import add_folds, build_solver, train
 from flowlib import Denoising, Glow, GlowProx, UnfoldedPGD, psnr
-from flowlib.training import Training
 from tests.test_flow import randomize
 
 

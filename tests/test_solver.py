@@ -17,8 +17,8 @@ from flowlib import (
     psnr,
     ssim,
 )
+from flowlib.folds import find_nonfinite_fold
 from flowlib.images import dequantize, to_tensor, to_uint8
-from flowlib.solver import find_nonfinite_fold
 from tests.test_flow import randomize
 
 

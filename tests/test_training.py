@@ -17,6 +17,7 @@ import torch
 import data
 from companion import results, runs, tables, training
 from companion.experiment import Experiment
+from companion.settings import Training as BookTraining
 from companion.training import build_solver, model_path
 from flowlib import Glow, ResNetProx, UNetProx, load_checkpoint
 from flowlib.checkpoints import load_tensors, save_tensors
@@ -240,13 +241,13 @@ def test_the_setting_that_differs_is_named(tmp_path, change, message):
 )
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be of type .* and at least .*, not {value!r}"):
-        Training(**dict(num_steps=1, batch_size=1, lr=0.1) | {name: value})
+        BookTraining(**dict(num_steps=1, batch_size=1, lr=0.1) | {name: value})
 
 
 def test_unknown_optimizers_and_parts_are_refused():
     with pytest.raises(ValueError, match="optimizer must be one of adam, muon, not 'sgd'"):
         Training(num_steps=1, batch_size=1, lr=0.1, optimizer="sgd")
-    with pytest.raises(ValueError, match="fixed_norms is a part of the steps"):
+    with pytest.raises(ValueError, match="fixed_norms is a fraction of the steps"):
         Training(num_steps=1, batch_size=1, lr=0.1, fixed_norms=1.5)
 
 
@@ -615,19 +616,7 @@ def test_a_captured_step_equals_a_plain_one(tmp_path, monkeypatch):
 
     captured, summary = trained("captured")
 
-    class Plain:
-        def __init__(self, run, inputs):
-            self.run, self.inputs, self.outputs = run, inputs, [torch.zeros((), device="cuda") for _ in "ab"]
-
-        def replay(self):
-            for kept, new in zip(self.outputs, self.run._update(self.inputs)):
-                kept.copy_(new)
-
-    def without_capture(run, batch):
-        graph = Plain(run, [value.clone() for value in batch])
-        return graph, graph.inputs, graph.outputs
-
-    monkeypatch.setattr("flowlib.training._Run._capture", without_capture)
+    monkeypatch.setattr("flowlib.training.capture", lambda update, *_: update)
     plain, expected = trained("plain")
     assert [r["step"] for r in summary["restarts"]] == [r["step"] for r in expected["restarts"]] == [3]
     assert summary["best_val_loss"] == pytest.approx(expected["best_val_loss"], rel=1e-4)

@@ -194,7 +194,7 @@ def write_explorer(experiment):
         # Colours at full resolution: where the solver falls apart they are noise from pixel to pixel.
         _write_image(out / f"{task}.jpeg", np.concatenate(rows), quality=93, subsampling=0)
         with tempfile.TemporaryDirectory() as folder:
-            export_onnx(solver, task, Path(folder, "solver.onnx"))
+            export_onnx(solver, operator, Path(folder, "solver.onnx"))
             packed = pack(Path(folder, "solver.onnx"), steps)
         write_atomically(out / f"{task}.bin", lambda path, packed=packed: path.write_bytes(packed))
         tasks.append(

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import torch
 
-from flowlib.layers import fold_nets
+from flowlib.fused import fuse_nets
 
 SHARE = 1 / 250  # of the squared error of an answer: what rounding may add to it
 LARGEST = 2**18  # code; differences of two fit 24 bits
@@ -28,7 +28,7 @@ def _merge(solver):
     """Puts ActNorms and scales of the coupling nets into their convolutions, as they are exported."""
     for prox in solver.proxes:
         for net in (step.coupling.net for level in prox.glow.levels for step in level):
-            merged = fold_nets([net])[0]
+            merged = fuse_nets([net])[0]
             for conv, (weight, bias) in zip((net.conv1, net.conv2, net.conv3), merged):
                 conv.weight.copy_(weight)
                 conv.bias.copy_(bias)
