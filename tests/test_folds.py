@@ -48,3 +48,27 @@ def test_the_chart_has_a_cell_for_each_prox(count):
     figure = folds.chart([solver([(10, 12.34), (12, 12.01)])] * count)
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["+2.3", "0"] * count
+
+
+def test_what_the_front_page_says_of_folds_is_recorded():
+    """Idle: two flows in inpainting, one in deblurring, none in denoising."""
+    off, idle = folds.switched_off(), {}
+    for row in off:
+        if row["method"] == "glow":
+            idle.setdefault(row["task"], []).append(row["worth"] < folds.IDLE)
+    assert {task: sum(of_task) for task, of_task in idle.items()} == {
+        "inpainting": 2,
+        "deblurring": 1,
+        "denoising": 0,
+    }
+    (denoiser,) = (
+        r
+        for r in folds.solvers(records.recorded())
+        if r["task"] == "denoising" and name_of(r) == "cpu v2" and r["method"] == "glow"
+    )
+    gains = folds.gains(denoiser)
+    assert gains[-1] > 10 and gains[:-1].max() < folds.IDLE
+
+
+def name_of(record):
+    return f"{record['experiment']['profile']} {record['experiment']['edition']}"
