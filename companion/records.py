@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 import torch
+from scipy.special import stdtrit  # Student's t; scipy.stats is slow to import
 from torch.utils.flop_counter import FlopCounterMode
 
 from companion.files import write_json
@@ -45,9 +45,7 @@ def recorded() -> list[dict]:
 def mean_and_interval(values, level: float = 0.95) -> tuple[float, float]:
     """Mean over images and half the width of its confidence interval (Student's t)."""
     values = np.asarray(values, dtype=float)
-    half_width = (
-        scipy.stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    )
+    half_width = stdtrit(len(values) - 1, 0.5 + level / 2) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean()), float(half_width)
 
 
@@ -227,7 +225,7 @@ def _evaluate_solver(experiment, run, solver):
         found["ood_measurements_last_fold"] = _quality(reconstruct(solver, operators, y_ood)[0], x)
     ood = experiment.ood_images()
     if ood is not None:
-        x_ood = to_tensor(ood.images[:100])
+        x_ood = to_tensor(ood.images[: min(100, len(x))])
         estimate = reconstruct(solver, operator, measured(run.task, x_ood, run.seed)[0])[0]
         found["ood_images"] = {"dataset": ood.name} | _quality(estimate, x_ood)
     return found | dict(

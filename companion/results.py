@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import scipy.stats
+from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats is slow to import
 
 from companion import records
 from companion.links import Link, record_of
@@ -123,7 +123,7 @@ def _scores(measurements, by):
     columns |= dict(finite=("psnr", "count"), images=("psnr", "size"))
     found = {}
     for (*key, evaluation), row in measurements.groupby([*by, "evaluation"]).agg(**columns).iterrows():
-        half_width = scipy.stats.t.ppf(0.975, row.finite - 1) * row["std"] / np.sqrt(row.finite)
+        half_width = stdtrit(row.finite - 1, 0.975) * row["std"] / np.sqrt(row.finite)
         score = Score(row["mean"], half_width, row.worst, row.ssim, int(row.finite), int(row.images))
         found.setdefault(tuple(key), {})[evaluation] = score
     return found
@@ -557,9 +557,9 @@ def over_images_and_seeds(first, second, terms) -> tuple[float, float, float]:
     terms = [(np.var(away, ddof=1) / len(away), len(away) - 1), *terms]
     variance = sum(value for value, _ in terms)
     freedom = variance**2 / sum(value**2 / of for value, of in terms) if variance else 1
-    mean, error, student = float(np.mean(away)), float(np.sqrt(variance)), scipy.stats.t(freedom)
-    p = 2 * student.sf(abs(mean) / error) if error else float(mean == 0)
-    return mean, float(student.ppf(0.975)) * error, float(p)
+    mean, error = float(np.mean(away)), float(np.sqrt(variance))
+    p = 2 * stdtr(freedom, -abs(mean) / error) if error else float(mean == 0)
+    return mean, float(stdtrit(freedom, 0.975)) * error, float(p)
 
 
 def holm(values: Sequence[float]) -> np.ndarray:
