@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md is right: its steps are followed in a copy of the project, and its lists are those of the code."""
+"""CONTRIBUTING.md: its steps are followed in a copy of the project, its lists are those of the code."""
 
 import os
 import re
@@ -71,6 +71,7 @@ def test_the_lists_of_code_that_retrains_and_evaluates_again_are_whole(monkeypat
     counted = []
     monkeypatch.setattr(settings, "_code_hash", lambda files: counted.append(list(files)) or "hash")
     settings.training_code.__wrapped__()
+    monkeypatch.setattr(settings, "training_code", lambda: "hash")
     settings.evaluation_code.__wrapped__()
     trains, evaluates = counted[0], counted[-1]
     rows = [line.split("|")[1:3] for line in TEXT.splitlines() if line.startswith("| `flowlib")]
@@ -104,9 +105,8 @@ def test_every_file_named_exists():
 
 
 def test_hooks_strip_notebooks(tmp_path):
-    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0][
-        "hooks"
-    ]
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = config["repos"][0]["hooks"]
     entries = {hook["id"]: hook["entry"].split()[2:] for hook in hooks}
     path, cell = tmp_path / "a.ipynb", nbformat.v4.new_code_cell("print(1)", execution_count=1)
     cell.outputs = [nbformat.v4.new_output("stream", text="1")]
@@ -117,11 +117,12 @@ def test_hooks_strip_notebooks(tmp_path):
     run(*entries["ruff"], str(path), cwd=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda path: path.name
-)
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_workflows_call_what_is_there(path):
-    """Their syntax is checked by actionlint, which no package index has for all machines."""
+    """actionlint checks their syntax, by hand: it is not among the project's packages."""
     jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
     commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
     assert commands and all(job["timeout-minutes"] for job in jobs.values())

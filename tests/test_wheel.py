@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import flowlib
+
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = {"torch", "numpy", "safetensors"}
 OPTIONAL = {"skimage": "metrics.py", "tqdm": "training.py", "onnx": "export.py"}
