@@ -1,8 +1,7 @@
-"""Peak memory of one training step, above parameters and gradients, in every memory mode. Run: python -m
-benchmarks.memory.py
+"""Peak memory of one training step, above parameters and gradients, in every memory mode.
 
-Each case runs in a process of its own whose allocator returns freed memory at once, so that the peak of the
-resident set, as the Linux kernel counts it, is what the step needed."""
+Run: python -m benchmarks.memory. Each case runs in a process of its own whose allocator returns freed memory
+at once, so that the peak of the resident set, as the Linux kernel counts it, is the step's need."""
 
 import argparse
 import json

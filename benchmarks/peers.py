@@ -2,8 +2,9 @@
 
 Every package runs a chain of Glow steps at the first level of the paper's flow (12 channels, 32x32 pixels):
 ActNorm, 1x1 convolution, one-sided affine coupling with a network of 3x3, 1x1 and 3x3 convolutions and hidden
-channels as given. Install them with: pip install -r benchmarks/requirements.txt; then: python
-benchmarks/peers.py"""
+channels as given.
+
+Run: pip install -r benchmarks/requirements.txt, then python -m benchmarks.peers"""
 
 import argparse
 
@@ -12,9 +13,9 @@ import FrEIA.modules
 import memcnn
 import normflows
 import torch
-from speed import alternate
 from torch import nn
 
+from benchmarks.speed import alternate
 from companion.files import write_json
 from companion.paths import RESULTS
 from companion.provenance import provenance
@@ -25,7 +26,7 @@ BATCH, CHANNELS, SIZE = 8, 12, 32
 
 
 class ChannelAffine(nn.Module):
-    """What an ActNorm does after its initialisation, as one writes it for these packages."""
+    """ActNorm after its initialisation, as users of these packages write it."""
 
     def __init__(self, channels):
         super().__init__()
@@ -37,7 +38,7 @@ class ChannelAffine(nn.Module):
 
 
 def coupling_net(hidden, memory_format=torch.channels_last):
-    """The network that FrEIA and memcnn are given: Glow's, with its two ActNorms."""
+    """The coupling network for FrEIA and memcnn: Glow's, with its two ActNorms."""
 
     def make(channels_in, channels_out):
         last = nn.Conv2d(hidden, channels_out, 3, padding=1)

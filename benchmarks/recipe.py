@@ -22,8 +22,9 @@ from companion.paths import RESULTS
 from companion.provenance import provenance
 from companion.runs import ensure, load
 from companion.settings import Run, Training
-from companion.training import PROXES, add_folds, fit_solver, parameter_groups
+from companion.training import add_folds, fit_solver, parameter_groups
 from flowlib import GlowProx, UnfoldedPGD, load_checkpoint, save_checkpoint
+from flowlib.prox import PROXES
 from flowlib.training import Diverged
 
 VALIDATIONS = 6  # a trial

@@ -16,10 +16,11 @@ from flowlib.images import split_indices
 
 
 class Experiment:
-    """What is run with one choice of profile, data set, edition and seed.
+    """The runs and images of one profile, data set, edition and seed.
 
-    overrides: num_folds, flow, unet, resnet (configurations), and num_steps, lr, batch_size of the trainings
-    of solvers; None stands for the profile's. Raises ValueError for unknown names and values out of range."""
+    overrides: num_folds, flow, unet, resnet (arguments of the networks), and num_steps, lr, batch_size of
+    solvers' trainings; None stands for the profile's value. Raises ValueError for unknown names and values
+    out of range."""
 
     def __init__(self, profile="demo", dataset="synthetic", edition="v2", seed=0, build="build", **overrides):
         for name in overrides:
@@ -36,7 +37,7 @@ class Experiment:
         self._check_overrides()
 
     def _check_overrides(self):
-        """ValueError for a value that would only fail once something was trained, or be taken for another."""
+        """ValueError for values that would only fail after a training, or be misread."""
         size, images = self.overrides.get("batch_size", 1), self.split_sizes["train"]
         if size > images:
             raise ValueError(f"batch_size {size} is more than the {images} images of a training")
@@ -58,7 +59,7 @@ class Experiment:
         return self.overrides.get(network, getattr(self.profile, network))
 
     def _training(self, method: str, network: str) -> Training:
-        """Of a solver: the profile's settings with the overrides."""
+        """A solver's settings: the profile's, with the overrides."""
         chosen = self.profile.unfolding.get(method) or self.profile.unfolding[network]
         return replace(
             chosen, **{k: v for k, v in self.overrides.items() if k in ("num_steps", "lr", "batch_size")}
@@ -68,8 +69,7 @@ class Experiment:
         return Run(dataset=self.dataset, seed=self.seed, images=self.split_sizes, **settings)
 
     def flow(self, noisy: bool = False) -> Run:
-        """The pre-training of the flow. Both editions start from the same one, so the sizes of their splits
-        do not count."""
+        """The pre-training of the flow. Both editions share it, so the sizes of their splits do not count."""
         training = self.profile.noisy_pretraining if noisy else self.profile.pretraining
         settings = dict(
             kind="flow", network="flow", config=self._config("flow"), training=training, noisy=noisy
@@ -117,16 +117,15 @@ class Experiment:
         )
 
     def methods(self, task: str) -> list[str]:
-        """The methods of a task that this profile trains, in the order of the tables. Where models for the
-        task are kept with the code, and no setting is overridden, those alone: then nothing need be trained
-        (unless RETRAIN=1)."""
+        """The methods of a task that this profile trains, in the order of the tables. Without overrides and
+        RETRAIN=1, only those with kept models, if there are any: then nothing must be trained."""
         found = [name for name in self.profile.methods.get(task, ()) if self._has(task, METHODS[name])]
         folder = RESULTS / "checkpoints" / self.key / self.names["edition"]
         kept = [name for name in found if (folder / f"{task}-{name}.safetensors").exists()]
         return found if self.overrides or retrain() else kept or found
 
     def runs(self) -> dict[str, Run]:
-        """All runs that this edition has, by name, whatever the profile trains by default."""
+        """All runs of this edition, by name, even if the profile does not train them by default."""
         found = [self.flow(), self.flow(noisy=True)]
         if self.names["edition"] == "v2":
             found += [self.denoiser(network) for network in ("unet", "resnet")]
@@ -143,8 +142,8 @@ class Experiment:
     # Files
 
     def place(self, run: Run) -> str:
-        """Where this run lies among others: "cpu-celeba-s0/v2/inpainting-glow", the flows above the editions,
-        and a flow that another profile made in the place of that."""
+        """The run's path among others, e.g. "cpu-celeba-s0/v2/inpainting-glow". Flows lie above the editions,
+        and a flow of another profile lies under that profile."""
         flow_of = run.kind == "flow" and self.profile.flow_of
         key = f"{flow_of}-{self.dataset}-s{run.seed}" if flow_of else self.key
         return "/".join([key, *([run.edition] if run.edition else []), run.name])
@@ -155,7 +154,7 @@ class Experiment:
     # Images
 
     def images(self, name: str | None = None) -> data.ImageSet:
-        """The packed images of this data set, or another; a known one that is missing is prepared first."""
+        """The packed images of this data set, or of another; known sets are prepared first if missing."""
         return packed(self.build, name or self.dataset)
 
     def split(self, part: str, images: data.ImageSet | None = None):
@@ -164,8 +163,8 @@ class Experiment:
         return images.images[split_indices(len(images), **self.split_sizes)[part]]
 
     def ood_images(self) -> data.ImageSet | None:
-        """The images out of distribution that go with this data set, if there are any."""
+        """The images out of distribution for this data set, if there are any."""
         try:
             return self.images(OOD_IMAGES[self.dataset])
-        except (KeyError, FileNotFoundError):  # of own images; or the user has CelebA only
+        except (KeyError, FileNotFoundError):  # own images have none; some users have CelebA only
             return None

@@ -68,8 +68,7 @@ def kept_flow(noisy: bool = False):
 
 @torch.no_grad()
 def keep_samples(record: dict, glow, temperature: float = 0.7):
-    """Keeps what a recorded flow draws, where it is too large to be kept: g(0) and 16 samples, as 8-bit
-    images."""
+    """Keeps g(0) and 16 samples of a recorded flow, as 8-bit images."""
     samples = glow.sample(16, 64, temperature, torch.Generator().manual_seed(0))
     images = {"mode": glow.mode(64), "samples": samples}
     _picture(record).parent.mkdir(parents=True, exist_ok=True)
@@ -131,12 +130,14 @@ def keep_picture(record: dict, model: UnfoldedPGD):
 
 
 def publish_picture(experiment: Experiment, run: Run):
-    """Of a published solver whose weights are not kept."""
+    """Keeps the picture of a published solver, or of a flow of clean images, whose weights are not kept."""
     record_path, kept = kept_place(experiment, run)
-    if run.task and not kept.exists() and is_finished(experiment, run):
-        (record,) = read([record_path])
-        if record["kind"] == "solver":
-            keep_picture(record, load(experiment, run))
+    if run.noisy or kept.exists() or not is_finished(experiment, run):
+        return
+    (record,) = read([record_path])
+    keep = {"flow": keep_samples, "solver": keep_picture}.get(record["kind"])
+    if keep:
+        keep(record, load(experiment, run))
 
 
 def pictured(task: str, edition: str = "v2", profile: str | None = None) -> dict[str, dict]:

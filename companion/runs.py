@@ -1,5 +1,5 @@
-"""The runs of an experiment, as notebooks and commands ask for them: what is made already is loaded, what is
-kept with the code and fits is restored, and what is missing is trained."""
+"""The runs of an experiment, for notebooks and commands: finished runs are loaded, kept models (those in
+results/) are restored, and missing runs are trained."""
 
 import json
 import os
@@ -23,12 +23,11 @@ from flowlib.training import Diverged
 
 
 def ensure(experiment: Experiment, run: Run) -> dict:
-    """The record of a run: what is missing of it, and of the run that it starts from, is made first, with a
-    progress bar.
+    """The record of a run. A missing run is made first, with a progress bar, after the run that it starts
+    from.
 
-    With RETRAIN=1 in the environment, models that are kept with the code are not used. Several processes may
-    ask for the same run: one makes it, or all ranks of one torchrun together. A run that diverged has a
-    record too, of kind "failed"."""
+    With RETRAIN=1 in the environment, kept models are not used. Several processes may ask for the same run:
+    one makes it, or all ranks of one torchrun together. A diverged run has a record too, of kind "failed"."""
     first = rank_and_size()[0] == 0
     record = shared(_whole(experiment, run) if first else None)
     if record and _is_current(record):  # read without a right to write
@@ -44,14 +43,13 @@ def ensure(experiment: Experiment, run: Run) -> dict:
 
 
 def load(experiment: Experiment, run: Run):
-    """The trained model of a run that ensure() has made: a Glow, or an UnfoldedPGD. FileNotFoundError where
-    it diverged."""
+    """The trained model, a Glow or an UnfoldedPGD, of a run that ensure() has made. FileNotFoundError if the
+    run diverged."""
     return load_checkpoint(model_path(experiment, run)).requires_grad_(False)
 
 
 def records_of_build(experiment: Experiment) -> list[dict]:
-    """The records of the runs of this experiment that this build has, those of its settings and of today's
-    code alone."""
+    """The records of this experiment's finished runs in this build, with its settings and today's code."""
     found = [_finished(experiment, run) for run in experiment.runs().values()]
     return [record for record in found if record] + records.read(_classical(experiment))
 
@@ -68,7 +66,7 @@ def is_finished(experiment: Experiment, run: Run) -> bool:
 
 
 def kept_place(experiment: Experiment, run: Run) -> tuple[Path, Path]:
-    """Where the record and the model of this run lie, if they are kept with the code."""
+    """The paths of this run's published record and kept model in results/."""
     place = experiment.place(run)
     return RESULTS / "runs" / f"{place}.json", RESULTS / "checkpoints" / f"{place}.safetensors"
 
@@ -94,7 +92,7 @@ def _finished(experiment, run):
 
 
 def _whole(experiment, run):
-    """The finished record, unless somebody deleted the model, or it was kept with the code and RETRAIN=1."""
+    """The finished record, unless its model was deleted, or was restored and RETRAIN=1 is set."""
     record = _finished(experiment, run)
     if not record or record["kind"] == "failed":
         return record
@@ -102,7 +100,7 @@ def _whole(experiment, run):
 
 
 def _is_current(record):
-    """Whether today's code would evaluate to the same. What is kept with the code is checked by `verify`."""
+    """Whether today's code would evaluate to the same numbers. `verify` checks kept models."""
     return record["kind"] == "failed" or record.get("kept") or record["evaluation_code"] == evaluation_code()
 
 
@@ -120,13 +118,13 @@ def _restored(experiment, run):
 
 
 def _make(experiment, run):
-    """Trains, on all ranks; what is written comes from the first."""
+    """Trains, on all ranks; rank 0 writes."""
     started, record, first = provenance(), None, rank_and_size()[0] == 0
     directory = experiment.directory(run)
     try:
         model, summary = train(experiment, run)
     except Diverged as error:
-        # A run that diverged is a result too.
+        # A diverged run is a result, too.
         if first:
             model_path(experiment, run).unlink(missing_ok=True)
             rest = str(error), error.summary, started
@@ -155,9 +153,9 @@ def publish(experiment: Experiment, run: Run, ship: bool = False) -> Path:
 
 
 def publish_all(experiment: Experiment, runs: list[Run], ship: list[Run] = ()) -> list[Path]:
-    """Copies the records of finished runs to results/, to be kept with the code; the models of those in ship,
-    too, small. Nothing is replaced before all is written, and what replaces needs no space: a flow and the
-    solvers that are counted from it stay together. Raises FileNotFoundError and ValueError before that."""
+    """Copies the records of finished runs to results/, and the packed models of the runs in ship. All files
+    are written under other names first, then renamed, so that a flow and the solvers counted from it stay
+    together even on a full disk. Raises FileNotFoundError and ValueError before anything is replaced."""
     found = {run.name: _publishable(experiment, run, run in ship) for run in runs}
     for run in ship:
         start = _kept_start(experiment, run)
@@ -184,7 +182,7 @@ def publish_all(experiment: Experiment, runs: list[Run], ship: list[Run] = ()) -
 
 
 def _publishable(experiment, run, ship):
-    """The record of a run that can be published."""
+    """The run's record. FileNotFoundError or ValueError if it cannot be published."""
     record = _read(experiment.directory(run) / "record.json")
     record_path, kept = kept_place(experiment, run)
     if not record or ship and record["kind"] != "failed" and not model_path(experiment, run).exists():
@@ -200,7 +198,7 @@ def _publishable(experiment, run, ship):
 
 
 def _check_counted(new):
-    """ValueError where new, a kept flow among it, leaves solvers that are counted from the old one."""
+    """ValueError where a flow in new replaces one from which other kept solvers are counted."""
     models = [path for path in new if path.suffix == ".safetensors"]
     old = {sha256(path) for path in models if path.exists()} - {sha256(new[path]) for path in models}
     others = [path for path in (RESULTS / "checkpoints").rglob("*.safetensors") if old and path not in new]
@@ -240,15 +238,15 @@ def publish_classical(experiment: Experiment):
 
 
 def kept_experiments() -> Iterator[dict]:
-    """The record of every model that is kept with the code."""
+    """The record of every kept model."""
     for path in sorted((RESULTS / "checkpoints").rglob("*.safetensors")):
         place = path.relative_to(RESULTS / "checkpoints").with_suffix(".json")
         yield json.loads((RESULTS / "runs" / place).read_text(encoding="utf-8"))
 
 
 def kept_model(experiment: Experiment, run: Run, path: Path | None = None, start: Path | None = None):
-    """The model of a run that is kept with the code (or at path, counted from the flow at start): a Glow, or
-    an UnfoldedPGD."""
+    """The kept model of a run, a Glow or an UnfoldedPGD (or the model at path, counted from the flow at
+    start)."""
     path, start = path or kept_place(experiment, run)[1], start or _kept_start(experiment, run)
     with tempfile.TemporaryDirectory() as folder:
         unpack(path, Path(folder) / "model", start)

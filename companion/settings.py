@@ -1,5 +1,6 @@
-"""What is run: the editions of the paper, their tasks and methods, and profiles, which say how much of it.
-All settings that a run's numbers depend on come together in a `Run`, whose hash names its folder."""
+"""The settings of all runs: the paper's editions, tasks and methods, and profiles, which set the sizes of
+networks and trainings. A `Run` holds every setting that its numbers depend on; their hash names its
+folder."""
 
 import ast
 import functools
@@ -33,9 +34,9 @@ EDITIONS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A column of Table I. parameters: of its operator; ood_parameters: those that differ where Table III of
-    v2 tests with measurements out of distribution; setting, ood_setting: what the paper calls them; editions:
-    those that have it."""
+    """A column of Table I. parameters: the operator's arguments; ood_parameters: the arguments that Table III
+    of v2 changes, for measurements out of distribution; setting, ood_setting: both in the paper's words;
+    editions: the editions with this task."""
 
     kind: str
     operator: type[LinearOperator]
@@ -86,10 +87,10 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the paper's tables. network: of the prox; start: what every fold starts from, a pre-trained
-    "flow", "flow-noisy" or "denoiser", or None, fresh weights; frozen: only the step sizes are trained;
-    editions and tasks: where the paper (or, for glow-noisy and one fold, we) have it; num_folds: None, the
-    edition's; short: the label where there is little room."""
+    """A row of the paper's tables. network: the prox's; start: the pre-trained weights of every fold, "flow",
+    "flow-noisy" or "denoiser", or None for fresh weights; frozen: only the step sizes are trained; editions
+    and tasks: where the paper reports it (glow-noisy and one fold: where we do); num_folds: None stands for
+    the edition's; short: a label for narrow places."""
 
     label: str
     short: str
@@ -155,11 +156,11 @@ class Training(training.Training):
 
 @dataclass(frozen=True)
 class Profile:
-    """How much is done: sizes of the networks and of the trainings. unfolding is keyed by method or, for all
-    methods that have it, network; methods: by task, those that `make book` trains; images: overrides of the
-    edition's; flow_of: the profile whose flow, of seed 0, serves all seeds of this one; starts: methods that
-    begin with the solver of another, to which they add folds that do nothing at first; supersedes: the
-    profile that is no longer compared where this one has all that it has."""
+    """Sizes of the networks and of the trainings. unfolding: settings of a solver's training by its method
+    or, failing that, its network; methods: the methods that `make book` trains, by task; images: overrides of
+    the edition's numbers of images; flow_of: the profile whose flow, of seed 0, all seeds of this one share;
+    starts: {method: another method whose solver it extends by folds that change nothing at first};
+    supersedes: a profile that comparisons leave out once this one has all of its runs."""
 
     flow: dict
     unet: dict
@@ -317,7 +318,7 @@ PROFILES["muon"] = replace(
     starts={"glow": "glow-1"},
     supersedes="cpu",
 )
-# What the names of profiles and data sets stand for, in a few words, wherever a page tells of its runs.
+# Profiles and data sets in a few words, for pages.
 PROFILE_WORDS = {
     "smoke": "a few steps, to test the code",
     "demo": "small networks, trained for less than a minute each",
@@ -325,7 +326,7 @@ PROFILE_WORDS = {
     "cpu": "a middling flow, up to about an hour a training on one core",
     "muon": "the networks of `cpu`, trained by Muon, one fold first, for up to 40 minutes on one core",
     "gpu": "the paper's networks, minutes a training on a large GPU",
-    "gpu-longer": "`gpu` with every solver trained for twice as long, the flow the same",
+    "gpu-longer": "as `gpu`, with the same flow; every solver is trained for twice as long",
     "paper": "the paper's networks and trainings",
 }
 EDITION_WORDS = {"v1": "first edition (v1)", "v2": "final edition (v2)"}
@@ -338,22 +339,23 @@ DATASET_WORDS = {
 
 
 def in_words(names: dict) -> str:
-    """What a record's experiment was run on, and how much was done: "on photographs of faces (CelebA) with
-    the profile `cpu` (a middling flow, up to about an hour a training on one core)"."""
+    """The images and the profile of a record's experiment, e.g. "on photographs of faces (CelebA) with the
+    profile `cpu` (a middling flow, up to about an hour a training on one core)"."""
     return f"{in_few_words(names)} ({PROFILE_WORDS[names['profile']]})"
 
 
 def in_few_words(names: dict) -> str:
-    """The same without what the profile stands for."""
+    """The same without the words for the profile."""
     images = DATASET_WORDS.get(names["dataset"], f"the data set `{names['dataset']}`")
     return f"on {images} with the profile `{names['profile']}`"
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that the numbers of one training depend on, the images and the code apart. kind: "flow", "denoiser"
-    or "solver"; name: of its folder; network: which, and its configuration; start: the Run whose weights it
-    starts from; blind_sigma: each training image has a noise level of its own, uniform from 0 to this."""
+    """All settings that the numbers of one training depend on, without the images' pixels and the code. kind:
+    "flow", "denoiser" or "solver"; name: its folder's name; network, config: its network's name and
+    arguments; start: the Run that gives its first weights; blind_sigma: the largest noise level, if each
+    training image draws its own, uniform from 0."""
 
     kind: str
     name: str
@@ -374,8 +376,8 @@ class Run:
     blind_sigma: float | None = None
 
     def as_dict(self) -> dict:
-        """What a record keeps; the run that this one starts from stands as its hash. Settings that are not in
-        FIRST_SETTINGS are there where they differ from their defaults: a new one changes no recorded run."""
+        """The settings in a record; the start is given by its hash. A setting that is not in FIRST_SETTINGS
+        counts only where it differs from its default, so that a new setting changes no recorded run."""
         content = asdict(replace(self, start=None)) | {"start": self.start and self.start.settings_hash}
         content = _without_new_defaults(content, type(self), FIRST_SETTINGS)
         of_training = content["training"], type(self.training)
@@ -384,19 +386,18 @@ class Run:
 
     @functools.cached_property
     def settings_hash(self) -> str:
-        """Ten hexadecimal digits of the settings. How often a run saves itself changes no number."""
+        """Ten hexadecimal digits of the settings, without checkpoint_minutes, which changes no number."""
         content = self.as_dict()
         del content["training"]["checkpoint_minutes"]
         return _digest(content)
 
     @property
     def folder_name(self) -> str:
-        """Name and hash of settings and code: after a change of either, the run is another one, in another
-        folder."""
+        """Name and hash of settings and code: a change of either makes another run, in another folder."""
         return f"{self.name}-{_digest([self.settings_hash, training_code()])}"
 
 
-# What the hashes of the first recorded runs were made of.
+# The settings in the hashes of the first recorded runs.
 FIRST_SETTINGS = (
     "kind name dataset seed images network config training start noisy task operator method frozen edition "
     "num_folds"
@@ -451,8 +452,8 @@ def _is_docstring(node):
 
 
 def retrain() -> bool:
-    """Whether RETRAIN=1 is set: then nothing that is kept with the code is used in place of a training.
-    ValueError for a value other than 0 and 1."""
+    """Whether RETRAIN=1 is set: then every model is trained, even if results/ has it. ValueError for a value
+    other than 0 and 1."""
     value = os.environ.get("RETRAIN", "")
     if value not in ("", "0", "1"):
         raise ValueError(f"RETRAIN={value!r}: give 1, to train everything anew, or 0")

@@ -1,5 +1,5 @@
-"""Models kept with the code, small: a flow in half precision; of a solver integers of a few bits with one
-scale a row, counted, where it started from a flow, from that flow as it is kept."""
+"""Packed files of kept models: a flow in half precision; a solver as integers of a few bits with one scale a
+row, which count the difference to its kept flow if it started from one."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from companion.paths import RESULTS
 from flowlib.checkpoints import load_tensors, save_tensors
 
 FIRST_DIGESTS = RESULTS / "checkpoints" / "sha256.json"  # {file: {"sha256", "start": that of its flow}}
-SMALLEST = 1024  # numbers of a tensor that is worth packing
+SMALLEST = 1024  # numbers; smaller tensors are not packed
 
 
 def pack(model: Path, kept: Path, start: Path | None = None, bits: int = 8, **info):
-    """Writes the checkpoint `model` small to `kept`. start: the kept flow that its folds are counted from;
-    bits: 16 stands for half precision, which needs no start."""
+    """Packs the checkpoint `model` into the file `kept`. start: the kept flow from which its folds are
+    counted; bits: 16 stands for half precision, which needs no start."""
     tensors, header = load_tensors(model)
     header |= {"info": info}
     if header["kind"] == "Glow" or bits == 16:
@@ -39,8 +39,8 @@ def pack(model: Path, kept: Path, start: Path | None = None, bits: int = 8, **in
 
 
 def unpack(kept: Path, model: Path, start: Path | None = None):
-    """Writes the checkpoint that pack made small. ValueError where the flow that it needs is not given, or is
-    not the one that it was counted from."""
+    """Writes the checkpoint `model` of a packed file. ValueError if its flow is not given, or is not the flow
+    from which it was counted."""
     tensors, header = _checked(kept)
     if header.get("kind") != "packed":
         return save_tensors(
@@ -61,8 +61,8 @@ def unpack(kept: Path, model: Path, start: Path | None = None):
 
 
 def sha256(path: Path) -> str:
-    """Of a model's contents, as its header has it (safetensors may write the same ones in another order); of
-    the first ones kept, which hold none, and of other files, that of the file."""
+    """The SHA-256 of a model's contents from its header, as safetensors may write equal contents in another
+    order; of the file if its header has none."""
     try:
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("sha256") or _of_file(path)
@@ -76,13 +76,13 @@ def _of_file(path):
 
 
 def counted_from(kept: Path) -> str | None:
-    """The sha256 of the kept flow that a kept solver's folds are counted from, if they are."""
+    """The sha256 of the kept flow from which a kept solver is counted, or None."""
     return _checked(kept)[1].get("start")
 
 
 def _checked(kept):
-    """(tensors, header) of a kept model. The first ones hold no digest, nor that of the flow that they are
-    counted from: both stand in a file beside them."""
+    """(tensors, header) of a kept model. FIRST_DIGESTS has the digests that the first kept models lack: their
+    own, and that of their flow."""
     tensors, header = load_tensors(kept)
     with safe_open(kept, "pt") as file:
         hashed = "sha256" in file.metadata()
@@ -100,7 +100,7 @@ def _tensors_of(start):
 
 
 def _at_start(name, of_start):
-    """What a fold's tensor was in the flow: "proxes.2.glow.levels…" is "levels…" there."""
+    """The flow's tensor for a fold's: "proxes.2.glow.levels…" is "levels…" there."""
     found = of_start.get(name.partition(".glow.")[2])
     return 0.0 if found is None else found.float()
 

@@ -11,13 +11,13 @@ import torch
 from companion.experiment import Experiment
 from companion.paths import RESULTS
 from companion.settings import TASKS, Run, Training
-from flowlib import Glow, GlowProx, ResNetProx, UNetProx, UnfoldedPGD, load_checkpoint, set_coupling
+from flowlib import Glow, GlowProx, UnfoldedPGD, load_checkpoint, set_coupling
 from flowlib.folds import find_nonfinite_fold
 from flowlib.images import dequantize, to_tensor
+from flowlib.prox import PROXES
 from flowlib.training import fit, generator_for
 
 NOISY_SIGMA = 0.25
-PROXES = {"unet": UNetProx, "resnet": ResNetProx}
 
 
 def device():
@@ -25,7 +25,8 @@ def device():
 
 
 def join_ranks():
-    """Where torchrun started this process: joins the others, each with a GPU of its own if there are any."""
+    """Joins the other processes of torchrun, if it started this one, each with its own GPU if there are
+    any."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -33,7 +34,8 @@ def join_ranks():
 
 
 def coupling_method() -> str:
-    """How coupling nets are computed here: on a card as benchmarks/card.py found best on such, else plain."""
+    """How coupling nets are computed here: on a GPU by the fastest method in its benchmark record, else
+    plain."""
     if device().type == "cuda":
         path = coupling_record()
         return json.loads(path.read_text(encoding="utf-8"))["choice"] if path.exists() else "plain"
@@ -41,7 +43,7 @@ def coupling_method() -> str:
 
 
 def coupling_record() -> Path:
-    """The record of the benchmark on cards of this name."""
+    """The record of benchmarks/card.py for GPUs of this name."""
     name = torch.cuda.get_device_name() if device().type == "cuda" else "cpu"
     return RESULTS / "benchmarks" / f"coupling-{name.replace(' ', '-')}.json"
 
@@ -58,13 +60,13 @@ def mirrored(x: torch.Tensor, seed: int, step: int) -> torch.Tensor:
 
 
 def train(experiment: Experiment, run: Run):
-    """Trains one run, whose start is trained already: (model, summary of the training). Raises Diverged."""
+    """(trained model, summary) of a run whose start is trained. Raises Diverged."""
     train_part = _train_flow if run.kind == "flow" else _train_solver
     return train_part(experiment, run, experiment.directory(run))
 
 
 def _identity(run, images):
-    """What else a saved training must agree in, to be gone on with."""
+    """Further settings that a saved training must share to be resumed."""
     return {"settings": run.settings_hash, "pixels": images.manifest["pixels_sha256"]}
 
 
@@ -73,8 +75,8 @@ def model_path(experiment, run):
 
 
 def _train_flow(experiment, run, directory):
-    """Maximum likelihood (14) on dequantised images; the loss is in bits per dimension. Noisy: goes on from
-    the clean flow, on images with Gaussian noise of a random σ in [0, NOISY_SIGMA] each."""
+    """Maximum likelihood (14) on dequantised images; the loss is in bits per dimension. A noisy run
+    fine-tunes the clean flow on images that each have Gaussian noise of a random σ in [0, NOISY_SIGMA]."""
     settings, seed, images = run.training, run.seed, experiment.images()
     train, val = experiment.split("pretrain", images), experiment.split("val", images)[: settings.val_images]
 
@@ -146,8 +148,8 @@ def build_solver(experiment: Experiment, run: Run) -> UnfoldedPGD:
 
 
 def add_folds(solver: UnfoldedPGD, num_folds: int) -> UnfoldedPGD:
-    """A solver of more folds that answers as this one, of flows, does: the new ones have the last one's
-    network, and do nothing with μ = λ = 0."""
+    """A solver of more folds with the same answers as this solver of flows: new folds copy the last network,
+    and with μ = λ = 0 they change nothing."""
     more = num_folds - solver.num_folds
     proxes = [*solver.proxes, *(copy.deepcopy(solver.proxes[-1]) for _ in range(more))]
     zeros = solver.x0.new_zeros(more)
@@ -156,7 +158,7 @@ def add_folds(solver: UnfoldedPGD, num_folds: int) -> UnfoldedPGD:
 
 
 def parameter_groups(solver: UnfoldedPGD, settings) -> list[dict]:
-    """The networks and the scalars μ and λ, each with its learning rate; frozen parameters are left out."""
+    """The trained parameters in two groups with their learning rates: networks, and the scalars μ and λ."""
     groups = {"networks": [], "scalars": []}
     for name, parameter in solver.named_parameters():
         if parameter.requires_grad:
@@ -174,8 +176,8 @@ def _train_solver(experiment, run, directory):
 def fit_solver(
     experiment: Experiment, run: Run, solver: UnfoldedPGD, settings: Training, directory, loss=None, **options
 ) -> dict:
-    """Trains a solver in place on the task and images of run; the summary. Raises Diverged. loss: of (x, y,
-    operator), instead of the mean squared error; options: groups, and what else fit takes."""
+    """Trains a solver in place on the task and images of run; returns the summary. Raises Diverged.
+    loss(x, y, operator) replaces the mean squared error; options: groups, and further arguments of fit."""
     seed, images = run.seed, experiment.images()
     train = to_tensor(experiment.split("train", images))
     val = to_tensor(experiment.split("val", images)[: settings.val_images])

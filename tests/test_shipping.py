@@ -1,10 +1,12 @@
 """Kept models are small, and give back what they were to the precision that is said."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from companion import gallery
 from companion.paths import RESULTS
 from companion.shipping import _pack, _unpack, counted_from, pack, sha256, unpack
 from flowlib import Glow, GlowProx, UNetProx, UnfoldedPGD, load_checkpoint, save_checkpoint
@@ -88,3 +90,30 @@ def test_others_are_kept_whole(tmp_path):
     back = load_checkpoint(tmp_path / "back").state_dict()
     for name, value in solver.state_dict().items():
         torch.testing.assert_close(back[name], value, atol=0.02, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "kind, noisy, kept, expected",
+    [
+        ("flow", False, False, ["samples"]),
+        ("flow", True, False, []),
+        ("solver", False, False, ["faces"]),
+        ("solver", False, True, []),
+        ("denoiser", False, False, []),
+        ("failed", False, False, []),
+    ],
+)
+def test_published_models_that_are_not_kept_leave_a_picture(
+    kind, noisy, kept, expected, tmp_path, monkeypatch
+):
+    path, found = tmp_path / "model", []
+    if kept:
+        path.touch()
+    monkeypatch.setattr(gallery, "kept_place", lambda *_: (tmp_path / "record.json", path))
+    monkeypatch.setattr(gallery, "is_finished", lambda *_: True)
+    monkeypatch.setattr(gallery, "read", lambda _: [{"kind": kind}])
+    monkeypatch.setattr(gallery, "load", lambda *_: None)
+    monkeypatch.setattr(gallery, "keep_samples", lambda *_: found.append("samples"))
+    monkeypatch.setattr(gallery, "keep_picture", lambda *_: found.append("faces"))
+    gallery.publish_picture(None, SimpleNamespace(noisy=noisy))
+    assert found == expected

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import flowlib
+
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = {"torch", "numpy", "safetensors"}
 OPTIONAL = {"skimage": "metrics.py", "tqdm": "training.py", "onnx": "export.py"}
@@ -122,3 +124,20 @@ def test_the_books_examples_run_on_the_wheel(python, tmp_path):
     ]
     assert len(ours) >= 3  # the others show pictures by companion, which is no part of the wheel
     run("import torch\ntorch.set_num_threads(1)\n" + "\n".join(ours), tmp_path, python)
+
+
+@pytest.mark.long
+def test_the_release_recipe_makes_a_wheel_and_a_source_archive(tmp_path):
+    """As CONTRIBUTING.md says, in an environment of its own; the workflow asks for the same file name."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("flowlib", "companion", "data", "pyproject.toml", "README.md", "LICENSE"):
+        subprocess.run(["cp", "-r", ROOT / name, source], check=True)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([python, "-m", "pip", "-q", "install", "build"], check=True)
+    done = subprocess.run([python, "-m", "build"], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    version = flowlib.__version__
+    names = {path.name for path in (source / "dist").iterdir()}
+    assert names == {f"flowlib-{version}-py3-none-any.whl", f"flowlib-{version}.tar.gz"}

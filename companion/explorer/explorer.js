@@ -7,7 +7,7 @@ const USE = "../book/use.html#a-picture-to-end-with"; // from the book's page
 // Where aligned CelebA, cropped as data.prepare() crops it, has eyes and mouth: parts of the width and height.
 const EYES = [[0.365, 0.515], [0.63, 0.515]], MOUTH = [0.39, 0.61, 0.79];
 
-// ---- Measurements, number for number as flowlib.explorer makes them ----
+// ---- Measurements, number for number as flowlib.operators makes them ----
 
 // Standard normal numbers from a counter and an integer hash, the same in every language.
 function normals(seed, length) {
