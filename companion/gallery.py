@@ -8,11 +8,11 @@ import torch
 
 from companion import figures
 from companion.experiment import Experiment
-from companion.links import anchor, record_of
 from companion.paths import RESULTS
 from companion.records import describe_folds, last_fold_only, measured, read, reconstruct, recorded
 from companion.runs import is_finished, kept_experiments, kept_model, kept_place, load
 from companion.settings import METHODS, TASKS, Run
+from companion.words import say
 from data.portraits import portraits
 from data.synthetic import draw_faces
 from flowlib import GlowProx, UnfoldedPGD, psnr
@@ -192,12 +192,8 @@ def sources(task: str, profile: str | None = None) -> str:
     """HTML: the recorded solvers that a picture shows, each with its result on test images and its record.
     profile: see pictured."""
     shown = pictured(task, profile=profile) | ({} if profile else kept_records(task))
-    told = [
-        f"{METHODS[method].short} (seed {r['experiment']['seed']}: {r['psnr']['mean']:.2f} dB on "
-        f"{len(r['psnr']['values'])} test images, record {anchor(record_of(r))})"
-        for method, r in sorted(shown.items(), key=lambda item: list(METHODS).index(item[0]))
-    ]
-    return f"<p>Shown are recorded solvers: {', '.join(told)}.</p>" if told else ""
+    told = say("sources", records=[shown[method] for method in METHODS if method in shown])
+    return f"<p>{told}</p>" if told else ""
 
 
 def hero():

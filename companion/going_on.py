@@ -5,16 +5,9 @@ import json
 
 from companion.links import Link
 from companion.paths import RESULTS
-from companion.results import (
-    Comparison,
-    Results,
-    decide,
-    over_images_and_seeds,
-    paper_table,
-    rows,
-    spread_of_seeds,
-)
+from companion.results import Comparison, Results, decide, paper_table, rows
 from companion.settings import METHODS
+from companion.statistics import over_images_and_seeds, spread_of_seeds
 from companion.words import lead, plus_minus
 
 FOLDER = "benchmarks/going_on"

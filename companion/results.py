@@ -3,28 +3,27 @@ evaluation. Which runs are compared, and how each of the paper's claims came out
 all pages and files."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections import namedtuple
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats is slow to import
 
 from companion import records
-from companion.links import Link, record_of
+from companion.links import record_of
 from companion.paths import RESULTS
 from companion.settings import METHODS, PROFILES, TASKS
+from companion.statistics import holm, interval, over_images_and_seeds, spread_of_seeds
 from flowlib import Blur
 
 SETTING = ["profile", "dataset", "edition", "name"]  # of one setting there may be several seeds
 CPU = "a CPU core"
 PAPER = pd.read_csv(RESULTS / "paper.csv")
 CLAIMS = pd.read_csv(RESULTS / "claims.csv", keep_default_na=False)
-PAPER_TABLES = sorted(
-    set(zip(CLAIMS.edition, CLAIMS.table)), key=lambda e: (-int(e[0][1:]), e[1])
-)  # v2 first
+PAPER_TABLES = [(e, table) for e in ("v2", "v1") for table in sorted(set(CLAIMS.table[CLAIMS.edition == e]))]
 
 
 def paper_table(table: str, edition: str) -> dict:
@@ -46,9 +45,7 @@ def evaluation_of(table: str, edition: str, task: str) -> str:
     """The evaluation that one of the paper's tables is about. Inpainting of measurements out of distribution
     is as the paper words it: only the last fold is told of the other hole (book/choices.md)."""
     evaluation = claims_of(table, edition).evaluation.iloc[0]
-    return (
-        f"{evaluation}_last_fold" if (evaluation, task) == ("ood_measurements", "inpainting") else evaluation
-    )
+    return evaluation + "_last_fold" * ((evaluation, task) == ("ood_measurements", "inpainting"))
 
 
 def repeats(task: str, evaluation: str) -> bool:
@@ -95,11 +92,9 @@ def _restarts(training):
 
 
 def _history(record):
-    """One row a validation: step, images_seen, loss, val_loss, minutes, and, of a solver, its quality in
-    dB."""
-    history = pd.DataFrame(
-        [h | {"minutes": minutes(record, h)} for h in record["training"].get("history", ())]
-    )
+    """A row a validation: step, images_seen, loss, val_loss, minutes, and, of a solver, its quality in dB."""
+    history = record["training"].get("history", ())
+    history = pd.DataFrame([h | {"minutes": minutes(record, h)} for h in history])
     if len(history):
         history["dB"] = -10 * np.log10(history.val_loss.astype(float))
     return history
@@ -123,8 +118,14 @@ def _scores(measurements, by):
     columns |= dict(finite=("psnr", "count"), images=("psnr", "size"))
     found = {}
     for (*key, evaluation), row in measurements.groupby([*by, "evaluation"]).agg(**columns).iterrows():
-        half_width = stdtrit(row.finite - 1, 0.975) * row["std"] / np.sqrt(row.finite)
-        score = Score(row["mean"], half_width, row.worst, row.ssim, int(row.finite), int(row.images))
+        score = Score(
+            row["mean"],
+            interval(row["std"], row.finite),
+            row.worst,
+            row.ssim,
+            int(row.finite),
+            int(row.images),
+        )
         found.setdefault(tuple(key), {})[evaluation] = score
     return found
 
@@ -155,48 +156,26 @@ def _measurements(record):
     about["seed"] = record["experiment"]["seed"]
     for evaluation, part in parts.items():
         if part.get("psnr"):
-            values = {
-                key: np.array(part[key]["values"], dtype=float) for key in ("psnr", "ssim") if part.get(key)
-            }
+            quantities = [key for key in ("psnr", "ssim") if part.get(key)]
+            values = {key: np.array(part[key]["values"], dtype=float) for key in quantities}
             image = range(len(values["psnr"]))
             yield pd.DataFrame(about | {"evaluation": evaluation, "image": image, "ssim": np.nan} | values)
 
 
-class Run(NamedTuple):
-    """A row of `runs`; what a run does not have is None. seeds: the rows of all seeds, in `settings`
-    alone."""
+# The columns of `runs` that a record has as they are, and where.
+IN_RECORD = dict(kind="kind", task="task", method="method", seed="experiment.seed", start="settings.start")
+IN_RECORD |= dict(settings_hash="settings_hash", lr="settings.training.lr", pixels="data.pixels_sha256")
+IN_RECORD |= dict(train_images="data.split.train", images_seen="training.images_seen", steps="training.steps")
+IN_RECORD |= dict(best_step="training.best_step", best_val_loss="training.best_val_loss", folds="folds")
+IN_RECORD |= dict(parameters="num_parameters", gflop="gflop_per_image", parameter="parameter")
+IN_RECORD |= dict(milliseconds="milliseconds_per_image")
+DERIVED = ["minutes", "machine", "evaluated_on", "made", "restarts", "history", "record", "scores", "seeds"]
 
-    profile: str
-    dataset: str
-    edition: str
-    name: str
-    seed: int
-    kind: str
-    task: str | None
-    method: str | None
-    settings_hash: str | None
-    start: str | None  # the settings of the run that this one started from
-    lr: float | None
-    train_images: int | None
-    pixels: str | None
-    images_seen: int | None
-    steps: int | None
-    minutes: float | None
-    machine: str | None
-    restarts: tuple[Restart, ...]
-    best_step: int | None
-    best_val_loss: float | None
-    history: pd.DataFrame | None
-    folds: list | None
-    parameters: int | None
-    gflop: float | None
-    milliseconds: float | None
-    evaluated_on: str | None
-    parameter: dict | None  # of a classical method
-    made: dict  # commit, hardware and date
-    record: Link
-    scores: dict[str, Score]
-    seeds: Sequence["Run"] = ()
+
+class Run(namedtuple("Run", [*SETTING, *IN_RECORD, *DERIVED])):
+    """A row of `runs`; what a run does not have is None. start: the settings_hash of the run that it started
+    from; parameter: of a classical method; made: commit, hardware and date; history: a frame; restarts: of
+    Restart; scores: {evaluation: Score}; seeds: the rows of all seeds, in `settings` alone."""
 
     @property
     def psnr(self) -> float:
@@ -229,36 +208,21 @@ class Run(NamedTuple):
 
 
 def _run(record, of_build, scores):
-    names, training, data = record["experiment"], record.get("training") or {}, record.get("data") or {}
-    settings, timed = record.get("settings") or {}, "seconds" in training and "trained" in record
+    about, training = _key(record), record.get("training") or {}
+    for column, path in IN_RECORD.items():
+        about[column] = functools.reduce(lambda of, key: (of or {}).get(key), path.split("."), record)
+    timed = "seconds" in training and "trained" in record
     return Run(
-        **_key(record),
-        seed=names["seed"],
-        kind=record["kind"],
-        task=record.get("task"),
-        method=record.get("method"),
-        settings_hash=record.get("settings_hash"),
-        start=settings.get("start"),
-        lr=settings.get("training", {}).get("lr"),
-        train_images=data.get("split", {}).get("train"),
-        pixels=data.get("pixels_sha256"),
-        images_seen=training.get("images_seen"),
-        steps=training.get("steps"),
+        **about,
         minutes=minutes(record) if timed else None,
         machine=machine(record) if timed else None,
-        restarts=tuple(_restarts(training)),
-        best_step=training.get("best_step"),
-        best_val_loss=training.get("best_val_loss"),
-        history=_history(record) if timed else None,
-        folds=record.get("folds"),
-        parameters=record.get("num_parameters"),
-        gflop=record.get("gflop_per_image"),
-        milliseconds=record.get("milliseconds_per_image"),
         evaluated_on=machine(record, "evaluated") if "evaluated" in record else None,
-        parameter=record.get("parameter"),
         made=record.get("trained") or record.get("evaluated"),
+        restarts=tuple(_restarts(training)),
+        history=_history(record) if timed else None,
         record=record_of(record, of_build),
-        scores=scores.get((*_key(record).values(), names["seed"]), {}),
+        scores=scores.get((*_key(record).values(), about["seed"]), {}),
+        seeds=(),
     )
 
 
@@ -548,46 +512,3 @@ def _compared_first(groups):
 
 def _whole(run, evaluation):
     return evaluation in run.scores and run.scores[evaluation].finite == run.scores[evaluation].images
-
-
-def over_images_and_seeds(first, second, terms) -> tuple[float, float, float]:
-    """Mean of the paired differences, half its 95 % interval and its p-value: those of Welch and
-    Satterthwaite, for the variance over images and those of terms, see spread_of_seeds."""
-    away = np.subtract(first, second)
-    terms = [(np.var(away, ddof=1) / len(away), len(away) - 1), *terms]
-    variance = sum(value for value, _ in terms)
-    freedom = variance**2 / sum(value**2 / of for value, of in terms) if variance else 1
-    mean, error = float(np.mean(away)), float(np.sqrt(variance))
-    p = 2 * stdtr(freedom, -abs(mean) / error) if error else float(mean == 0)
-    return mean, float(stdtrit(freedom, 0.975)) * error, float(p)
-
-
-def holm(values: Sequence[float]) -> np.ndarray:
-    """p-values corrected by Holm's method: below 0.05 all differ with 95 % confidence, however they depend on
-    one another."""
-    order = np.argsort(values)
-    scaled = np.asarray(values)[order] * np.arange(len(values), 0, -1)
-    corrected = np.empty(len(values))
-    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
-    return corrected
-
-
-def spread_of_seeds(settings: list[Run], evaluation: str, counts: dict, where: str = ""):
-    """The variances over seeds, each with its degrees of freedom, of a difference of two methods, counts:
-    {method: number of seeds}, and whose they are (see Comparison): a method's own where three seeds or more
-    tell it, else one that is pooled over the solvers of a task. None where no solver has several."""
-    groups = {}
-    for setting in settings:
-        means = [r.scores[evaluation].mean for r in setting.seeds if evaluation in r.scores]
-        groups |= {setting.method: means} if np.isfinite(means).any() else {}
-    groups = {method: [m for m in means if np.isfinite(m)] for method, means in groups.items()}
-    freedom = sum(len(group) - 1 for group in groups.values())
-    if not freedom:
-        return [], ("", "")
-    pooled = sum(np.var(group) * len(group) for group in groups.values()) / freedom
-    own = {method: groups[method] for method in counts if len(groups.get(method, ())) >= 3}
-    terms = [(np.var(group, ddof=1) / counts[method], len(group) - 1) for method, group in own.items()]
-    rest = sum(1 / number for method, number in counts.items() if method not in own)
-    terms += [(pooled * rest, freedom)] if rest else []
-    where = f"{where} {settings[0].profile}" if where else ""
-    return terms, tuple(("own" if method in own else "pooled") + where for method in counts)

@@ -109,17 +109,19 @@ def remark(results: Results, run: Run) -> str:
     return say("remark", doubt=results.doubt(run), run=run)
 
 
+OURS = ("Seeds", "Worst image", "Below y", "SSIM", "Images seen", "Remark")
+
+
 def _ours(results, run, evaluation):
     """What a row says of a run, and of one that is missing."""
-    nothing = ("Seeds", "Worst image", "Below y", "SSIM", "Images seen", "Remark")
-    cells = {"Ours, dB": "not run"} | dict.fromkeys(nothing)
+    cells = {"Ours, dB": "not run"} | dict.fromkeys(OURS)
     if run is None:
         return cells
     cells |= {"Images seen": run.images_seen, "Ours, dB": "diverged", "Remark": "diverged"}
     if run.kind == "failed":
         return cells
     score = run.scores[evaluation]
-    cells |= {"Ours, dB": score, "Worst image": score.worst, "SSIM": score.ssim}
+    cells |= {"Ours, dB": score, "Worst image": score.worst, "SSIM": score.ssim, "Remark": None}
     if run.kind == "solver":
         cells |= {"Seeds": seeds(run, evaluation), "Remark": remark(results, run)}
         if evaluation == "test":
@@ -128,61 +130,57 @@ def _ours(results, run, evaluation):
     return cells
 
 
+def _beside(results, name, edition, task, method):
+    """One of the paper's numbers beside ours. A run that the profile compared does not have is looked for in
+    others."""
+    printed, evaluation = paper_table(name, edition).get((task, method)), evaluation_of(name, edition, task)
+    run, usual = results.find(edition, task, method, evaluation)
+    cells = {"Paper, dB": printed} | _ours(results, run if usual else None, evaluation)
+    if run and not usual:
+        cells["Remark"] = f"profile {run.profile}: {plus_minus(run.scores[evaluation])} dB"
+    ours = cells["Ours, dB"]
+    told = printed is not None and isinstance(ours, Score) and ours.finite
+    cells["Ours − paper"] = signed(ours.mean - printed) if told else None
+    return cells | {"Profile": run.profile if usual else None, "Record": run and run.record}
+
+
 def table(results: Results, name: str, edition: str) -> list[dict]:
     """Rows of one of the paper's tables: its number beside ours. Table I also has the measurement and the
     best classical method; our extension, glow-noisy, gets a row wherever the paper compares proximal
-    mappings. Runs that the profile compared does not have are looked for in others."""
+    mappings."""
     paper, found = paper_table(name, edition), []
     for task in tasks_of(name, edition):
         evaluation = evaluation_of(name, edition, task)
         head = {"Task": TASKS[task].kind, "Setting": setting(task, evaluation)}
         if name == "I":
-            best, all_classical = results.best_classical(edition, task), results.classical(edition, task)
-            shown = {"Measurement": next((r for r in all_classical if r.name.endswith("-measurement")), None)}
-            shown |= {f"Best classical: {best.method}": best} if best else {}
-            for label, r in shown.items():
-                if r:
-                    cells = _ours(results, r, "test") | {"Remark": None}
-                    found.append(head | {"Method": label, "Paper, dB": None} | cells | {"Record": r.record})
+            measurement = [r for r in results.classical(edition, task) if r.name.endswith("-measurement")]
+            best = results.best_classical(edition, task)
+            shown = [("Measurement", r) for r in measurement]
+            shown += [(f"Best classical: {best.method}", best)] if best else []
+            for label, r in shown:
+                cells = {"Method": label, "Paper, dB": None} | _ours(results, r, "test")
+                found.append(head | cells | {"Record": r.record})
         compared = [method for of, method in paper if of == task]
         for method in [*compared, *(["glow-noisy"] if "unet" in compared else [])]:
-            run, usual = results.find(edition, task, method, evaluation)
-            row = head | {"Method": METHODS[method].label, "Paper, dB": paper.get((task, method))}
-            row |= _ours(results, run if usual else None, evaluation) | {"Record": run and run.record}
-            remarks = [row["Remark"] if usual else run and _elsewhere(run, evaluation)]
-            row["Remark"] = "; ".join(filter(None, [*remarks, REPEATS * repeats(task, evaluation)]))
+            cells = _beside(results, name, edition, task, method)
+            row = head | {"Method": METHODS[method].label}
+            row |= {column: cells[column] for column in ("Paper, dB", "Ours, dB", *OURS, "Record")}
+            row["Remark"] = "; ".join(filter(None, [row["Remark"], REPEATS * repeats(task, evaluation)]))
             found.append(row)
     return found
 
 
-def _elsewhere(run, evaluation):
-    return f"profile {run.profile}: {plus_minus(run.scores[evaluation])} dB"
-
-
 def every_number(results: Results) -> list[dict]:
     """Rows: every number of the paper's tables, of both editions, beside ours."""
+    columns = ("Paper, dB", "Ours, dB", "Ours − paper", "Seeds", "Remark", "Profile", "Record")
     found = []
     for edition, name in PAPER_TABLES:
-        for (task, method), value in paper_table(name, edition).items():
-            evaluation = evaluation_of(name, edition, task)
-            run, usual = results.find(edition, task, method, evaluation)
-            score = run.scores.get(evaluation) if usual else None
-            row = {
-                "Table": f"{edition} {name}",
-                "Task": _task_cell(task, evaluation),
-                "Method": METHODS[method].short,
-                "Paper, dB": value,
-                "Ours, dB": score or ("diverged" if usual else "not run"),
-                "Ours − paper": signed(score.mean - value) if score and score.finite else None,
-                "Seeds": seeds(run, evaluation) if score else None,
-                "Remark": remark(results, run)
-                if score
-                else run and not usual and _elsewhere(run, evaluation),
-                "Profile": run.profile if usual else None,
-                "Record": run and run.record,
-                "Page": Link("page", f"{page_of(name, edition, task)}.html"),
-            }
-            found.append(row | {"Remark": row["Remark"] or None})
+        for task, method in paper_table(name, edition):
+            cells = _beside(results, name, edition, task, method)
+            about = _task_cell(task, evaluation_of(name, edition, task))
+            row = {"Table": f"{edition} {name}", "Task": about, "Method": METHODS[method].short}
+            page = Link("page", f"{page_of(name, edition, task)}.html")
+            found.append(row | {column: cells[column] for column in columns} | {"Page": page})
     return found
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from companion import compute, front, records, results, tables, words
+from companion import compute, front, records, results, statistics, tables, words
 from companion.links import record_of
 from companion.results import Verdict
 
@@ -110,9 +110,9 @@ def test_what_each_compared_run_was_given():
 
 
 def test_many_tests_are_corrected_for():
-    assert results.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert results.holm([0.9, 0.8]) == pytest.approx([1, 1]) and len(results.holm([])) == 0
-    difference, half_width, p = results.over_images_and_seeds([1, 2, 4], [0, 0, 0], [])
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.9, 0.8]) == pytest.approx([1, 1]) and len(statistics.holm([])) == 0
+    difference, half_width, p = statistics.over_images_and_seeds([1, 2, 4], [0, 0, 0], [])
     assert p == pytest.approx(scipy.stats.ttest_1samp([1, 2, 4], 0).pvalue)
     assert (p < 0.05) == (abs(difference) > half_width)
     rows = [solver_record(m, v) for m, v in (("glow", 28), ("unet", 25), ("resnet", 19))]
