@@ -304,7 +304,9 @@ _MUON = dict(optimizer="muon", validate_every=100, mirror=True)
 PROFILES["muon"] = replace(
     PROFILES["cpu"],
     unfolding={
-        "glow-1": Training(num_steps=2400, batch_size=4, lr=5e-4, clip_norm=0.1, **_MUON),
+        "glow-1": Training(
+            num_steps=2400, batch_size=4, lr=5e-4, clip_norm=0.1, shrinkage=0.6, scalar_lr=1e-3, **_MUON
+        ),
         "glow": Training(
             num_steps=300, batch_size=4, lr=5e-4, clip_norm=0.1, **_MUON | dict(validate_every=50)
         ),
