@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from companion import gallery, going_on
 from companion.files import write_text
+from companion.map import beside_flow
+from companion.records import recorded
 from companion.results import CLAIMS, Comparison, Results, Verdict, load, paper_table, rows
 from companion.words import page, say
 from data.portraits import BOXES
@@ -78,6 +80,14 @@ def paragraphs(results: Results) -> list[str]:
     return [*told, how_sure(results, solvers)]
 
 
+def lead(results: Results) -> str:
+    """What is so, in one sentence: of each task the comparison with the better rival, and what it comes to
+    where rivals are pre-trained, or all are trained for longer."""
+    main, pre_trained, *_ = ({task: decided(results, s, task) for task in MAIN_TASKS} for s in SENTENCES)
+    longer = {task: going_on.outcome(results, task) for task in MAIN_TASKS}
+    return say("lead", main=main, pre_trained=pre_trained, longer=longer, sizes=other_sizes(results))
+
+
 def how_sure(results: Results, solvers) -> str:
     """How all orders of two methods came out, and with how many seeds."""
     above, above_pre_trained, others = for_the_flow(results.claims)
@@ -129,8 +139,8 @@ def _reached(results, solvers):
     return [(values[0][0], values[0][1] + "*" * (flow == "glow-noisy")), *values[1:]]
 
 
-def front(results: Results, pictures: Sequence[str] = ()) -> str:
-    """What the front page includes, as Markdown."""
+def front(results: Results, pictures: Sequence[str] = (), estimates: dict | None = None) -> str:
+    """What the front page includes, as Markdown. estimates: see companion.map.beside_flow."""
     if not len(results.runs):
         return page("front", run=False)
     paper = paper_table("I", "v2")
@@ -140,6 +150,8 @@ def front(results: Results, pictures: Sequence[str] = ()) -> str:
         pictures=pictures,
         faces=BOXES,
         tasks=MAIN_TASKS,
+        lead=lead(results),
+        estimates=estimates or {},
         paragraphs=paragraphs(results),
         rivals=SENTENCES,
         board={s: {task: decided(results, s, task) for task in MAIN_TASKS} for s in SENTENCES},
@@ -157,4 +169,4 @@ def write_front(tables):
             (tables / f"{name}.png").unlink(missing_ok=True)
         for name, picture in pictures.items():
             write_atomically(tables / f"{name}.png", functools.partial(picture.savefig, format="png"))
-    write_text(tables / "front.md", front(results, pictures))
+    write_text(tables / "front.md", front(results, pictures, beside_flow(recorded())))

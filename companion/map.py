@@ -182,6 +182,19 @@ def sentences(records: list[dict]) -> list[str]:
     return found
 
 
+def beside_flow(records: list[dict]) -> dict[str, dict]:
+    """{task: how the trained flow solver stands to the estimate}: difference in dB, half_width, images, and
+    how many times as fast it is."""
+    found = {}
+    for task, record in recorded().items():
+        glow, time = solvers(record, records).get("glow"), record.get("solver_seconds", {}).get("glow")
+        if glow and time:
+            away, half_width, images = difference(record, glow)
+            faster = seconds(record) / time
+            found[task] = dict(difference=-away, half_width=half_width, images=images, faster=faster)
+    return found
+
+
 def lesson(records: list[dict]) -> str:
     """What the records say, in a paragraph."""
     found, told = recorded(), []

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from companion import front, gallery, going_on, paths, records, results, tables
+from companion.map import beside_flow
 from companion.results import Verdict
+from companion.words import say
 from data.portraits import portraits
 from flowlib import psnr
 from flowlib.checkpoints import load_tensors
@@ -83,7 +85,7 @@ def test_the_bottom_line_leads_to_its_numbers():
 
 
 def test_without_recorded_runs_the_front_page_says_so():
-    assert front.front(results.load([])).startswith("No run on real faces is recorded yet; {doc}`build`")
+    assert front.front(results.load([])).count("No run on real faces is recorded yet; {doc}`build`") == 1
 
 
 def test_the_flow_is_held_against_rivals_that_are_pre_trained_too():
@@ -242,3 +244,36 @@ def test_told_of_the_new_blur_no_small_kernel_is_excluded():
             misfits.setdefault(key, []).append(away)
     assert misfits["8.0"][0] < 1 < min(misfits["8.0"][1:])
     assert max(misfits["told"]) < 1 and misfits["told"][2] < misfits["told"][1]
+
+
+def test_the_front_page_leads_with_what_is_so():
+    """A task whose lead falls where rivals get the same care is too close to call; the words follow."""
+    told = front.lead(results.load())
+    assert told.startswith("**The flow's lead did not survive here: ") and told.count(".**") == 1
+    front_text = front.front(results.load())
+    assert front_text.index(told) < 5
+
+    def comparison(verdict, task, second="resnet"):
+        return results.Comparison("I", "v2", task, "glow", second, 1.0, verdict, pair=(1, 2))
+
+    def lead(verdicts, longer):
+        main = {task: comparison(v, task) for task, v in zip(front.MAIN_TASKS, verdicts)}
+        longer = {task: comparison(v, task) for task, v in zip(front.MAIN_TASKS, longer)}
+        return say("lead", main=main, pre_trained=dict.fromkeys(main), longer=longer, sizes=[])
+
+    same, size, close, opposite = "same sign", "size replicated", "not distinguishable", "the opposite"
+    same, size, close, opposite = map(Verdict, (same, size, close, opposite))
+    assert "lead is replicated here: it restores best in" in lead([same, size, same], [same, same, size])
+    told = lead([same, size, opposite], [close, same, opposite])
+    assert "holds in part here: it restores best in {doc}`denoising" in told
+    assert "inpainting <../notebooks/in_distribution-inpainting>` is too close to call" in told
+    assert "a rival is ahead in {doc}`deblurring" in told and "(the ResNet)" in told
+
+
+def test_what_is_said_of_acceleration_is_recorded():
+    found = beside_flow(records.recorded())
+    told = say("untested", estimates=found)
+    for task, one in found.items():
+        assert f"{one['faster']:.0f} times as fast in {task} ({one['images']} images)" in told
+    assert found["denoising"]["difference"] > found["denoising"]["half_width"]
+    assert "Two claims are not tested" in say("untested", estimates={})
