@@ -1,6 +1,7 @@
 """Results: which runs are compared, how claims come out, and what tables and sentences make of them."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -285,3 +286,13 @@ def test_what_is_not_finite_is_counted():
     json.dumps(found, allow_nan=False)
     assert records.statistics([30.0])["half_width"] is None
     assert "2 not finite" in words.plus_minus(found)
+
+
+def test_every_template_is_whole_and_used():
+    folders = {"companion": "*.py", "notebooks": "*.ipynb", "book/_templates/words": "*.md"}
+    files = [path for folder, kind in folders.items() for path in (words.ROOT / folder).rglob(kind)]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    for path in words.TEMPLATES.glob("*.md"):
+        words.environment.get_template(path.name)
+        calls = rf'(say|page)\(\s*\\?["\']{path.stem}\\?["\']|(include|import) "{path.name}"'
+        assert re.search(calls, text), path.name
