@@ -171,3 +171,14 @@ def test_the_queue_has_every_row_of_a_profile_of_one_fold_first_once_for_three_s
         for task, method, seed in names:
             if method == name:
                 assert names.index((task, start, seed)) < names.index((task, method, seed))
+
+
+@pytest.mark.parametrize("task", ["denoising", "inpainting"])
+def test_the_best_trial_stands_beside_the_recorded_solvers(task):
+    recorded, trials = results.load(), compute.trials()
+    best, *others = compute.beside_recorded(recorded, trials, task)
+    ended = [t for t in trials.values() if t["trial"]["task"] == task and not t["diverged"]]
+    assert best["Validation, dB"] == max(t["curve"][-1][1] for t in ended)
+    assert {"GLOW", "U-Net", "ResNet"} <= {row["Solver"] for row in others}
+    assert all(20 < row["Validation, dB"] < 40 and row["Minutes"] > 0 for row in others)
+    assert compute.beside_recorded(recorded, {}, task) == others
