@@ -146,8 +146,8 @@ def fit(
     """Trains model in place to its best weights on validation; returns a summary.
 
     groups: optimizer parameter groups, their lr by default settings.lr. make_batch(indices, step) draws a
-    batch, a tuple of tensors, and loss(*batch) is a scalar; on a GPU a step is captured as a graph, so loss
-    must neither draw nor wait. A BatchNorm whose weights are frozen stays as it is. Writes directory/log.csv
+    batch, a tuple of tensors, and ``loss(*batch)`` is a scalar; on a GPU a step is captured as a graph, so
+    loss must neither draw nor wait. A BatchNorm whose weights are frozen stays as it is. Writes directory/log.csv
     and, every settings.checkpoint_minutes, at Ctrl-C and at the end, resume.safetensors. A training resumes
     from it; that of another, finished training is replaced. identity: further settings of the run, such as
     the images' hash. A run whose loss or gradient is not finite, or whose validation loss is three times its
@@ -157,7 +157,7 @@ def fit(
 
     Raises ValueError for fewer images than a batch, a batch that ranks cannot share evenly, a model in
     DistributedDataParallel, or an unfinished resume file of another run; Diverged after settings.max_restarts
-    restarts, with explain(*batch), the place that broke, as the reason."""
+    restarts, with ``explain(*batch)``, the place that broke, as the reason."""
     from tqdm.auto import tqdm  # here, so that flowlib needs it for training alone
 
     if num_images < settings.batch_size:
