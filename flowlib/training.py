@@ -148,12 +148,13 @@ def fit(
     groups: optimizer parameter groups, their lr by default settings.lr. make_batch(indices, step) draws a
     batch, a tuple of tensors, and ``loss(*batch)`` is a scalar; on a GPU a step is captured as a graph, so
     loss must neither draw nor wait. A BatchNorm whose weights are frozen stays as it is. Writes
-    directory/log.csv and, every settings.checkpoint_minutes, at Ctrl-C and at the end, resume.safetensors. A training resumes
-    from it; that of another, finished training is replaced. identity: further settings of the run, such as
-    the images' hash. A run whose loss or gradient is not finite, or whose validation loss is three times its
-    best (worse than a negative best by twice its size), resumes from its best weights at half the rate. Where
-    torch.distributed is initialised, every rank calls fit alike: each takes its share of every batch,
-    gradients are averaged, rank 0 writes, and the weights are those of one process.
+    directory/log.csv and, every settings.checkpoint_minutes, at Ctrl-C and at the end, resume.safetensors.
+    A training resumes from it; that of another, finished training is replaced. identity: further settings
+    of the run, such as the images' hash. A run whose loss or gradient is not finite, or whose validation
+    loss is three times its best (worse than a negative best by twice its size), resumes from its best
+    weights at half the rate. Where torch.distributed is initialised, every rank calls fit alike: each takes
+    its share of every batch, gradients are averaged, rank 0 writes, and the weights are those of one
+    process.
 
     Raises ValueError for fewer images than a batch, a batch that ranks cannot share evenly, a model in
     DistributedDataParallel, or an unfinished resume file of another run; Diverged after settings.max_restarts
