@@ -17,9 +17,9 @@ import data
 from benchmarks import card, lent
 from companion.experiment import Experiment
 from companion.runs import ensure
+from companion.settings import Training
 from companion.training import build_solver, fit_solver
 from flowlib.checkpoints import load_tensors, save_tensors
-from flowlib.training import Training
 from tests.conftest import ROOT
 
 

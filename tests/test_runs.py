@@ -20,9 +20,9 @@ from companion.__main__ import main
 from companion.experiment import Experiment
 from companion.links import record_of
 from companion.results import load as load_results
+from companion.settings import Training
 from companion.training import model_path
 from flowlib.checkpoints import load_checkpoint, load_tensors, save_checkpoint
-from flowlib.training import Training
 from tests.conftest import ROOT
 from tests.test_flow import randomize
 

@@ -26,7 +26,8 @@ def project(tmp_path_factory):
     for name in ("Snakefile", "_config.yml", "_toc.yml", "package.json", "package-lock.json"):
         shutil.copy(ROOT / name, folder)
     (folder / "results/runs").mkdir(parents=True)
-    shutil.copy(ROOT / "results/paper.csv", folder / "results")
+    for path in (ROOT / "results").glob("*.csv"):
+        shutil.copy(path, folder / "results")
     shutil.copytree(ROOT / "results/benchmarks", folder / "results/benchmarks")
     return folder
 
