@@ -60,3 +60,11 @@ def test_differences_are_paired():
 
 def test_the_chart_is_drawn():
     assert len(crops.chart([of_crop(*crop) for crop in CROPS]).axes) == 4
+
+
+def test_what_the_front_page_says_of_crops_is_recorded():
+    rows = {(row["scale"], row["shift"]): row for row in crops.record()["crops"]}
+    mean, half = crops.difference(rows[1.0, 0.0], "inpainting")
+    assert mean > half
+    moved = [crops.difference(rows[1.0, shift], "inpainting") for shift in (-0.05, 0.05)]
+    assert moved[0][0] < -moved[0][1] and abs(moved[1][0]) < moved[1][1]
