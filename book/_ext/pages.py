@@ -66,9 +66,20 @@ def correct_roles(app, page, template, context, doctree):
     context["body"] = body.replace(container, f'{container} tabindex="0"')
 
 
+def name_toggles(app, page, template, context, doctree):
+    """The theme opens a group of the contents by an arrow that has no name to read aloud."""
+    contents = context["generate_toctree_html"]
+    toggle = re.compile(r"(<a [^>]*>([^<]*)</a><details[^>]*><summary)>")
+    name = r'\1 aria-label="Pages of: \2">'
+    context["generate_toctree_html"] = lambda *args, **options: toggle.sub(
+        name, str(contents(*args, **options))
+    )
+
+
 def setup(app):
     app.connect("config-inited", show_buttons_with_a_repository)
     for step in (describe, load_images_late, correct_roles):
         app.connect("html-page-context", step)
-    app.connect("html-page-context", fit_buttons, priority=502)  # after the theme's own
+    for step in (fit_buttons, name_toggles):
+        app.connect("html-page-context", step, priority=502)  # after the theme's own
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
