@@ -5,8 +5,6 @@ Run, in a build with prepared CelebA: python -m benchmarks.crops --build build""
 
 import argparse
 import io
-import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from PIL import Image
 
 import data
+from benchmarks.map import go_on
 from companion.experiment import Experiment
 from companion.files import write_json
 from companion.paths import RESULTS
@@ -43,15 +42,14 @@ def position(width: int, height: int, scale: float, shift: float) -> tuple[float
     return *share, min(width, height) / side
 
 
-def cut(source: str, rows, scale: float, shift: float) -> np.ndarray:
-    """These images of the zip, counted in the order of their names: uint8 (N, 64, 64, 3)."""
-    with zipfile.ZipFile(source) as archive:
-        names = sorted(name for name in archive.namelist() if name.lower().endswith(".jpg"))
-        images = []
-        for row in rows:
-            content = archive.read(names[row])
+def cut(source: Path, rows, scale: float, shift: float) -> np.ndarray:
+    """These images of a folder or zip, counted in the order of their names: uint8 (N, 64, 64, 3)."""
+    images = []
+    with data.open_source(source) as (names, read):
+        for name in (names[row] for row in rows):
+            content = read(name)
             width, height = Image.open(io.BytesIO(content)).size
-            images.append(data.decode(content, names[row], position(width, height, scale, shift)))
+            images.append(data.decode(content, name, position(width, height, scale, shift)))
     return np.stack(images)
 
 
@@ -65,23 +63,22 @@ def main():
     experiment = Experiment("cpu", "celeba", "v2", build=args.build)
     packed = experiment.images()
     rows = split_indices(len(packed), **experiment.split_sizes)["test"][: args.images]
-    (source,) = data.sources_of("celeba")
+    (source,) = map(Path, data.sources_of("celeba"))
     # Another order of the files, or another crop, would mean other images than those of the tables.
     difference = cut(source, rows[:8], 1.0, 0.0).astype(int) - packed.images[rows[:8]]
-    if Path(source).name != packed.manifest["source"] or abs(difference).max() > 2:
+    if source.name != packed.manifest["source"] or abs(difference).max() > 2:
         raise ValueError(f"{source} is not what {experiment.build} was prepared from: prepare it again")
     flow = kept_model(experiment, experiment.flow()).to(device()).eval()
     kept = [r for r in kept_experiments() if r["kind"] == "solver" and r["experiment"] == experiment.names]
     about = {"images": args.images, "experiment": experiment.names, "data": data_of(experiment)}
-    record = {"crops": []}
-    if OUT.exists() and json.loads(OUT.read_text(encoding="utf-8")).items() >= about.items():
-        record = json.loads(OUT.read_text(encoding="utf-8"))
+    record = go_on(OUT, about)
+    record.setdefault("crops", [])
     done = [(row["scale"], row["shift"]) for row in record["crops"]]
     for scale, shift in (crop for crop in CROPS if crop not in done):
         images = cut(source, rows, scale, shift)
         row = {"scale": scale, "shift": shift} | of_crop(experiment, flow, kept, images)
         record["crops"].append(row)
-        write_json(OUT, about | {"crops": record["crops"]} | provenance())
+        write_json(OUT, record | provenance())
         means = {
             f"{task} {m}": round(v["mean"], 2) for task, of in row["psnr"].items() for m, v in of.items()
         }

@@ -6,9 +6,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from companion.figures import COLOURS, GREY, styled
+from companion.links import benchmark
 from companion.paths import RESULTS
 from companion.records import mean_and_interval
-from companion.settings import TASKS
+from companion.settings import METHODS, TASKS
+from companion.words import signed
+
+COMPARED = ("glow", "resnet")
 
 # What changes, its name on an axis, and its value in training.
 CHANGES = {"scale": ("side of the square ÷ that of training", 1.0), "shift": ("downwards, by its side", 0.0)}
@@ -26,10 +30,44 @@ def series(crops: list[dict], change: str) -> list[dict]:
     return sorted(found, key=lambda row: row[change])
 
 
-def difference(row: dict, task: str, first: str = "glow", second: str = "resnet") -> tuple[float, float]:
-    """Mean over the images of first − second in dB, and half its 95 % interval."""
-    a, b = (np.array(row["psnr"][task][method]["values"]) for method in (first, second))
+def difference(row: dict, task: str) -> tuple[float, float]:
+    """Mean over the images of GLOW minus ResNet in dB, and half its 95 % interval."""
+    a, b = (np.array(row["psnr"][task][method]["values"]) for method in COMPARED)
     return mean_and_interval(a - b)
+
+
+def table(crops: list[dict]) -> list[dict]:
+    """Rows, one a crop and task: PSNR of each solver, GLOW minus ResNet, likelihood."""
+    methods = [m for m in METHODS if any(m in found for row in crops for found in row["psnr"].values())]
+    found = []
+    for row in crops:
+        for task, quality in row["psnr"].items():
+            cut = {"Task": TASKS[task].label, "Side": row["scale"], "Moved down": row["shift"]}
+            means = {f"{METHODS[m].short}, dB": quality[m]["mean"] if m in quality else None for m in methods}
+            mean, half_width = difference(row, task)
+            away = {"GLOW − ResNet, dB": f"{signed(mean)} ± {half_width:.2f}"}
+            found.append(cut | means | away | {"bits/dim": row["bits_per_dim"]["mean"]})
+    return found
+
+
+def summary(found: dict | None) -> dict:
+    """What the template crops tells: of each task, as cut in training and otherwise."""
+    if not found:
+        return {"crops": 0}
+    as_trained = {name: value for name, (_, value) in CHANGES.items()}
+    (usual,) = (row for row in found["crops"] if as_trained.items() <= row.items())
+    others, tasks = [row for row in found["crops"] if row is not usual], {}
+    for task, quality in usual["psnr"].items():
+        mean, half_width = difference(usual, task)
+        told = [(m, h) for m, h in (difference(row, task) for row in others) if abs(m) > h]
+        worst = {m: min(row["psnr"][task][m]["mean"] for row in others) for m in COMPARED}
+        falls = {m: quality[m]["mean"] - worst[m] for m in COMPARED}
+        tasks[task] = dict(kind=TASKS[task].kind, usual=(mean, half_width), falls=falls)
+        tasks[task] |= dict(flipped=sum(m * mean < 0 for m, _ in told), undecided=len(others) - len(told))
+    top = usual["bits_per_dim"]["mean"] + usual["bits_per_dim"]["half_width"]
+    bits = [row["bits_per_dim"] for row in others]
+    less_likely = sum(b["mean"] - b["half_width"] > top for b in bits)
+    return dict(crops=len(others), tasks=tasks, less_likely=less_likely, link=benchmark("crops"))
 
 
 @styled

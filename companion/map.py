@@ -11,7 +11,7 @@ from companion.links import Link, benchmark, record_of
 from companion.paths import RESULTS
 from companion.records import mean_and_interval
 from companion.settings import METHODS, TASKS
-from companion.words import listed, plus_minus, signed
+from companion.words import plus_minus, signed
 from flowlib import map_estimate, psnr
 
 SHOWN = ("denoising", "inpainting", "deblurring")
@@ -165,26 +165,9 @@ def plugged_in_rows(records: list[dict]) -> list[dict]:
     return found
 
 
-def sentences(records: list[dict]) -> list[str]:
-    """For each recorded task, what the estimate reaches and costs beside the trained flow solver."""
-    found = []
-    for task, record in recorded().items():
-        beside, part = solvers(record, records), record["test"]
-        text = f"{TASKS[task].label}: {part['psnr']['mean']:.2f} dB"
-        if "glow" in beside:
-            away, half_width, n = difference(record, beside["glow"])
-            word = "level with" if abs(away) <= half_width else "above" if away > 0 else "below"
-            text += f" on {n} images, {signed(away)} ± {half_width:.2f} dB: {word} the trained flow solver"
-            time = record.get("solver_seconds", {}).get("glow")
-            if time:
-                text += f", which is {seconds(record) / time:.0f} times as fast"
-        found.append(text)
-    return found
-
-
 def beside_flow(records: list[dict]) -> dict[str, dict]:
-    """{task: how the trained flow solver stands to the estimate}: difference in dB, half_width, images, and
-    how many times as fast it is."""
+    """{task: how the trained flow solver stands to the estimate}: difference in dB, half_width, images,
+    how many times as fast it is, and the estimate's mean PSNR."""
     found = {}
     for task, record in recorded().items():
         glow, time = solvers(record, records).get("glow"), record.get("solver_seconds", {}).get("glow")
@@ -192,43 +175,21 @@ def beside_flow(records: list[dict]) -> dict[str, dict]:
             away, half_width, images = difference(record, glow)
             faster = seconds(record) / time
             found[task] = dict(difference=-away, half_width=half_width, images=images, faster=faster)
+            found[task]["mean"] = record["test"]["psnr"]["mean"]
     return found
 
 
-def lesson(records: list[dict]) -> str:
-    """What the records say, in a paragraph."""
-    found, told = recorded(), []
-    if not found:
-        return "No estimate is recorded yet, so nothing is said here of photographs."
+def summary(records: list[dict]) -> dict:
+    """What the template map tells: beside_flow, the tasks in which more steps lower the objective and lose
+    PSNR, and where the worst start costs more than 1 dB."""
+    found, bad_starts = recorded(), []
     for task, record in found.items():
-        glow = solvers(record, records).get("glow")
-        if glow:
-            away, half_width, _ = difference(record, glow)
-            way = "level with" if abs(away) <= half_width else "above" if away > 0 else "below"
-            told.append(f"{way} the trained flow solver in {TASKS[task].kind}")
-    text = [f"The estimate is {listed(told)}."] if told else []
-    times = [
-        seconds(r) / r["solver_seconds"]["glow"] for r in found.values() if "glow" in r["solver_seconds"]
-    ]
-    if times and min(times) > 1:
-        factors = dict.fromkeys(f"{factor:.0f}" for factor in (min(times), max(times)))
-        text.append(f"Unfolding does accelerate: the solver is {' to '.join(factors)} times as fast.")
-    stopped = [TASKS[task].kind for task, record in found.items() if stops_early(record)]
-    if stopped:
-        text.append(
-            f"In {listed(stopped)} more steps lower the objective and lose PSNR, so the result is that of an "
-            "iteration which stops early, and not of the minimum of (7)."
-        )
-    worst = {}
-    for task, record in found.items():
-        away = {
-            start: row["psnr"] - record["starts"]["z = 0"]["psnr"] for start, row in record["starts"].items()
-        }
-        worst[task] = min(away.items(), key=lambda item: item[1])
-    bad = [f"{TASKS[t].kind} ({start}, {signed(gap)} dB)" for t, (start, gap) in worst.items() if gap < -1]
-    if bad:
-        text.append(f"The start decides: from the worst of them more than 1 dB is lost in {listed(bad)}.")
-    return " ".join(text)
+        reached = {start: row["psnr"] for start, row in record["starts"].items()}
+        worst = min(reached, key=reached.get)
+        if (gap := reached[worst] - reached["z = 0"]) < -1:
+            bad_starts.append((task, worst, gap))
+    stopped = [task for task, record in found.items() if stops_early(record)]
+    return dict(recorded=found, beside=beside_flow(records), stopped=stopped, bad_starts=bad_starts)
 
 
 @styled

@@ -1,7 +1,5 @@
 """What the paper's tables cost on a card: images a second of recorded trainings, and the runs of a table."""
 
-from dataclasses import asdict
-
 from companion.experiment import Experiment
 from companion.settings import METHODS, PROFILES, Run
 
@@ -66,8 +64,3 @@ def finished_after(hours_of_runs: list[float], num_cards: int) -> float:
     for duration in sorted(hours_of_runs, reverse=True):
         cards[cards.index(min(cards))] += duration
     return max(cards)
-
-
-def settings_of(run: Run) -> str:
-    training = asdict(run.training)
-    return f"{training['num_steps']:,} × {training['batch_size']}"

@@ -66,7 +66,7 @@ def prepare(source, out, crop="square", size=64, name=None):
         exists = source.exists()
     if not exists:
         raise FileNotFoundError(f"{source} does not exist: give a folder or a .zip of images")
-    with _open_source(source) as (names, read):
+    with open_source(source) as (names, read):
         if not names:
             kinds = "/".join(sorted(s[1:] for s in SUFFIXES))
             raise ValueError(f"{source} holds no images ({kinds}): put some in it, or name another source")
@@ -266,8 +266,8 @@ def _pixels_sha256(images_path, *written):
 
 
 @contextlib.contextmanager
-def _open_source(source):
-    """Yield (sorted image names, function from a name to its bytes) of a folder or zip."""
+def open_source(source):
+    """A context: (sorted image names, function from a name to its bytes) of the folder or zip at a Path."""
     if source.is_dir():
         yield _image_names(_files(source), source), lambda name: _read_file(source / name)
         return

@@ -9,6 +9,7 @@ from PIL import Image
 import data
 from benchmarks.crops import CROPS, cut, position
 from companion import crops
+from companion.words import say
 
 
 def quality(values):
@@ -26,7 +27,7 @@ def test_the_crop_of_training_is_that_of_the_packed_set(tmp_path):
         Image.fromarray(pixels).save(file, "JPEG")
     data.prepare(tmp_path / "faces.zip", tmp_path / "packed", "celeba")
     packed = data.load(tmp_path / "packed").images
-    same, moved = (cut(str(tmp_path / "faces.zip"), [0], 1.0, shift) for shift in (0.0, 0.1))
+    same, moved = (cut(tmp_path / "faces.zip", [0], 1.0, shift) for shift in (0.0, 0.1))
     assert abs(same.astype(int) - packed).max() <= 2 < abs(moved.astype(int) - packed).max()
 
 
@@ -56,6 +57,21 @@ def test_a_series_changes_one_thing():
 def test_differences_are_paired():
     mean, half = crops.difference(of_crop(1.0, 0.0), "inpainting")
     assert mean == pytest.approx(2.5 / 3) and 0 < half < 1
+
+
+def test_the_summary_counts_orders_that_are_told():
+    rows = [
+        of_crop(1.0, 0.0, (31, 32.1, 33), (30, 31, 32.1)),
+        of_crop(0.9, 0.0, (28, 29.1, 30), (30, 31, 32.1)),
+    ]
+    rows += [of_crop(1.1, 0.0, (31, 29, 33), (30, 31, 32))]
+    of_task = crops.summary({"crops": rows})["tasks"]["inpainting"]
+    assert (of_task["flipped"], of_task["undecided"]) == (1, 1)
+    assert of_task["falls"]["glow"] == pytest.approx(3, abs=0.01)
+    told = say("crops", **crops.summary({"crops": rows}))
+    assert "the other one in 1 of 2" in told and "Nothing is recorded" in say("crops", **crops.summary(None))
+    first, *_ = crops.table(rows)
+    assert first["GLOW, dB"] == pytest.approx(32.03, abs=0.01) and first["Side"] == 1.0
 
 
 def test_the_chart_is_drawn():

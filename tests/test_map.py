@@ -12,6 +12,7 @@ from companion.experiment import Experiment
 from companion.files import write_json
 from companion.records import recorded as all_records
 from companion.records import statistics
+from companion.words import say
 from flowlib import Blur, Denoising, Glow, Inpainting, map_estimate
 from flowlib.layers import InvConv1x1
 from tests.test_flow import randomize
@@ -181,6 +182,10 @@ def test_a_record_about_something_else_is_not_gone_on_with(benchmarked):
     assert path.read_bytes() == before
 
 
+def lesson():
+    return say("map", **estimates.summary(all_records()))
+
+
 def test_the_page_compares_image_by_image(tmp_path, monkeypatch):
     [solver] = (
         r
@@ -197,17 +202,16 @@ def test_the_page_compares_image_by_image(tmp_path, monkeypatch):
     record = {"task": "denoising", "experiment": KEPT, "data": solver["data"], "test": part}
     record |= dict(chosen=setting, validation=[tried], starts=starts, solver_seconds={"glow": 0.5})
     monkeypatch.setattr(estimates, "RESULTS", tmp_path)
-    assert estimates.rows(all_records()) == [] and "No estimate" in estimates.lesson(all_records())
+    assert estimates.rows(all_records()) == [] and "No estimate" in lesson()
     write_json(tmp_path / "benchmarks/map/denoising.json", record)
     [row] = [r for r in estimates.rows(all_records()) if r["Solver"] == "GLOW"]
     assert row["Images"] == 10 and row["Estimate above it, dB"] == "+1.00 ± 0.08"  # t(9) · 0.105 / √10
     assert (row["Estimate, s an image"], row["Solver, s an image"]) == ("7.0", "0.50")
     assert estimates.rows(all_records(), "ood_images") == []
-    assert "above the trained flow solver in denoising" in estimates.lesson(all_records())
-    assert "is 14 times as fast" in estimates.lesson(all_records()) and "f(Aᵀy)" in estimates.lesson(
-        all_records()
-    )
-    assert "+1.00 ± 0.08 dB: above the trained flow solver" in estimates.sentences(all_records())[0]
+    assert "above the trained flow solver in denoising" in lesson()
+    assert "is 14 times as fast" in lesson() and "denoising (f(Aᵀy), −14.00 dB)" in lesson()
+    beside = estimates.beside_flow(all_records())
+    assert "trained flow solver is −1.00 ± 0.08 dB above it" in say("map_in_short", beside=beside)
     chosen, from_y = estimates.validation_rows("denoising")
     assert chosen["Chosen"] == "yes" and "14.00 dB" in from_y["Start"]
     [row] = estimates.likelihood_rows()
@@ -215,13 +219,13 @@ def test_the_page_compares_image_by_image(tmp_path, monkeypatch):
     assert (
         row["‖y − A x‖²"] == "499.9" and row["‖y − A x‖², original"] == "491.5"
     )  # 500 - 0.04 · 2; 12288 · 0.2²
-    assert "more steps" not in estimates.lesson(all_records())
+    assert "more steps" not in lesson()
     later = tried | {"num_steps": 180, "objective": 400.0, "psnr": 24.0}
     write_json(tmp_path / "benchmarks/map/denoising.json", record | {"validation": [tried, later]})
-    assert "In denoising more steps lower the objective" in estimates.lesson(all_records())
+    assert "In denoising more steps lower the objective" in lesson()
     later["psnr"] = 27.0
     write_json(tmp_path / "benchmarks/map/denoising.json", record | {"validation": [tried, later]})
-    assert "more steps" not in estimates.lesson(all_records())
+    assert "more steps" not in lesson()
     found = {"shrinkage": 0.003, "step_size": 0.2, "psnr": statistics(values)}
     plugged = record | {"measurement": found, "without_flow": found | {"shrinkage": 0.0}, "plugged_in": found}
     write_json(tmp_path / "benchmarks/plugged_in/denoising.json", plugged)
