@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from companion.locks import locked
+
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE_BUILD = "build/smoke-book"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -16,11 +18,12 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 FLAGS += ["--disable-component-update", "--disable-sync"]
 
 
-OF_THE_BOOK = {f"tests/test_{name}.py" for name in ("book", "browser", "explorer_page", "web")}
+OF_THE_BOOK = {f"tests/test_{name}.py" for name in ("book", "browser", "explorer_page")}
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """Two processes share the files of tests, but those of the whole book go to one: it is made once."""
+    """Two processes share the files of tests. Those that would wait for the book go to the one that makes it;
+    test_web.py comes late, and finds it made."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -33,8 +36,14 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def smoke_book():
-    """The folder of the whole book, built from nothing at the smoke profile as `make book` does it."""
-    return build_smoke_book(SMOKE_BUILD, "AVX2")  # as on processors without AVX-512
+    """The folder of the whole book, built from nothing at the smoke profile as `make book` does it; once for
+    all processes of these tests."""
+    made, run = ROOT / "build/smoke-book-of", os.environ.get("PYTEST_XDIST_TESTRUNUID", "")
+    with locked(ROOT / "build/smoke-book.lock", "the other process makes the book"):
+        if not run or not made.exists() or made.read_text() != run:
+            build_smoke_book(SMOKE_BUILD, "AVX2")  # as on processors without AVX-512
+            made.write_text(run)
+    return ROOT / SMOKE_BUILD
 
 
 def build_smoke_book(build, isa):
