@@ -68,36 +68,48 @@ def edit(project, file, old, new):
     path.write_text(text.replace(old, new, 1))
 
 
+def folders(project):
+    """{name of a run: its folder}; a run whose folder is another one is made again."""
+    code = "from companion.experiment import Experiment as E\n"
+    code += "print(*(run.folder_name for run in E('smoke').runs().values()))"
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment, check=True)
+    return {re.sub(r"-[0-9a-f]{10}$", "", name): name for name in done.stdout.split()}
+
+
 def test_only_what_is_affected_is_made_again(project):
     snakemake(project, PAGE)
-    first = made(project)
+    first, named = made(project), folders(project)
     assert set(first) == {"flow", "flow-noisy", "inpainting-resnet", "inpainting-unet", "inpainting-glow"}
 
-    def changed():
-        nonlocal first
-        snakemake(project, PAGE)
-        second = made(project)
-        names = {name for name in second if second[name] != first.get(name)}
-        first = second
-        return names
+    def renamed():
+        nonlocal named
+        before, named = named, folders(project)
+        return {name for name in first if named[name] != before[name]}
 
     settings = "companion/settings.py"
     rate = "network: Training(num_steps=4, batch_size=4, lr="
     edit(project, settings, rate + "1e-3", rate + "{'unet': 2e-3}.get(network, 1e-3)")
     edit(project, "companion/figures.py", "WIDTH = 5.2", "WIDTH = 5.3")
-    assert changed() == {"inpainting-unet"}  # a changed learning rate; figures change no number
-    edit(
-        project,
-        settings,
-        "num_levels=2, num_steps=1, hidden_channels=8",
-        "num_levels=2, num_steps=1, hidden_channels=6",
-    )
-    assert changed() == {"flow", "flow-noisy", "inpainting-glow"}  # a changed flow
+    assert renamed() == {"inpainting-unet"}  # a changed learning rate; figures change no number
+    snakemake(project, PAGE)
+    second = made(project)
+    assert {name for name in second if second[name] != first[name]} == {"inpainting-unet"}
+
+    size = "num_levels=2, num_steps=1, hidden_channels="
+    edit(project, settings, size + "8", size + "6")
+    assert renamed() == {"flow", "flow-noisy", "inpainting-glow"}  # a changed flow
     edit(project, "flowlib/prox.py", "z / (1 + shrinkage)", "z / (1 + 1.01 * shrinkage)")
-    assert changed() == set(first)  # a changed proximal mapping: a code that all trainings may depend on
+    assert renamed() == set(first)  # a changed proximal mapping: a code that all trainings may depend on
+    edit(project, settings, size + "6", size + "8")
+    edit(project, "flowlib/prox.py", "z / (1 + 1.01 * shrinkage)", "z / (1 + shrinkage)")
+
     edit(project, "companion/parameters.py", "SYNTHETIC_IMAGES = 1400", "SYNTHETIC_IMAGES = 1300")
     shutil.rmtree(project / "build/data/synthetic")
-    assert changed() == set(first)  # other images
+    snakemake(project, PAGE)
+    third = made(project)
+    assert all(third[name] != second[name] for name in third)  # other images
     moved = shutil.copytree(project, project.with_name("moved"))
     assert "Nothing to be done" in snakemake(moved, PAGE, dry=True)
 

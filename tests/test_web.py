@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from functools import partial
 from http.server import ThreadingHTTPServer
 
@@ -56,26 +57,6 @@ def test_pdf_of_the_whole_book(html):
         assert (html / PDF).read_bytes().count(b"/Type /Page\n") > 40
 
 
-@with_browser
-def test_no_page_is_heavy(browser, site, names):
-    """Bytes that come over the wire when a page is opened."""
-    weights = {}
-    for name in set(names) - {"notebooks/explorer.html"}:
-        context = browser.new_context(viewport={"width": 1280, "height": 900})
-        page = context.new_page()
-        network, sizes = context.new_cdp_session(page), []
-        network.send("Network.enable")
-        network.on(
-            "Network.loadingFinished", lambda event, sizes=sizes: sizes.append(event["encodedDataLength"])
-        )
-        page.goto(site + name, wait_until="load")
-        page.wait_for_load_state("networkidle", timeout=90_000)
-        weights[name] = sum(sizes)
-        context.close()
-    assert {name: size for name, size in weights.items() if size > 1.5e6} == {}
-    assert min(weights.values()) > 1e4
-
-
 CUT = """() => [...document.querySelectorAll("article table.table")].flatMap((table) => {
   const box = table.closest(".pst-scrollable-table-container, .text_html") ?? table.parentElement;
   const right = Math.min(box.getBoundingClientRect().right, innerWidth) + 1;
@@ -83,24 +64,6 @@ CUT = """() => [...document.querySelectorAll("article table.table")].flatMap((ta
   const seen = innerWidth > 1000 ? table : ours;
   return seen && seen.getBoundingClientRect().right > right ? [table.caption?.textContent.trim()] : [];
 })"""
-
-
-@with_browser
-@pytest.mark.parametrize("width", [1280, 390])
-def test_tables_are_not_cut(browser, site, names, width):
-    """All columns on a laptop; on a telephone those up to ours."""
-    context = browser.new_context(viewport={"width": width, "height": 900})
-    page = context.new_page()
-    cut = {}
-    for name in set(names) - {"index.html"}:  # which only forwards
-        page.goto(site + name, wait_until="load")
-        page.wait_for_selector("main h1")
-        cut[name] = page.evaluate(CUT)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
-    context.close()
-    assert {name: captions for name, captions in cut.items() if captions} == {}
-
-
 STRETCHED = """async () => {
   const images = [...document.querySelectorAll("article img")];
   images.forEach((image) => (image.loading = "eager"));
@@ -108,52 +71,84 @@ STRETCHED = """async () => {
   return images.filter((image) => image.width && Math.abs(image.width / image.height /
     (image.naturalWidth / image.naturalHeight) - 1) > 0.02).map((image) => image.src);
 }"""
-
-
-@with_browser
-@pytest.mark.parametrize("width", [1280, 390])
-def test_images_keep_their_shape(browser, site, names, width):
-    page, found = browser.new_page(viewport={"width": width, "height": 900}), {}
-    for name in set(names) - {"index.html"}:  # which only forwards
-        page.goto(site + name, wait_until="load")
-        page.wait_for_selector("main h1")
-        found[name] = page.evaluate(STRETCHED)
-    page.close()
-    assert {name: images for name, images in found.items() if images} == {}
+SERIOUS = """async (options) => (await axe.run({...options, resultTypes: ["violations"]})).violations
+  .filter((rule) => ["serious", "critical"].includes(rule.impact))
+  .map((rule) => [rule.id, rule.nodes[0].html.slice(0, 200)])"""
 
 
 @pytest.fixture(scope="session")
 def axe(tmp_path_factory):
+    """The script, or None without npm or a network."""
     folder = tmp_path_factory.mktemp("npm")
-    command = [
-        "npm",
-        "install",
-        "--no-save",
-        "--no-audit",
-        "--no-fund",
-        "--ignore-scripts",
-        "axe-core@4.14.1",
-    ]
+    command = ["npm", "install", "--no-save", "--no-audit", "--no-fund", "--ignore-scripts"]
+    command.append("axe-core@4.14.1")
     if not shutil.which("npm") or subprocess.run(command, cwd=folder, capture_output=True).returncode:
-        pytest.skip("npm did not bring axe-core")
+        return None
     return (folder / "node_modules/axe-core/axe.min.js").read_text()
 
 
-@with_browser
-@pytest.mark.parametrize("theme, rules", [("light", ""), ("dark", "runOnly: ['color-contrast'], ")])
-def test_axe_finds_nothing_serious(browser, site, names, axe, theme, rules):
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=theme)
-    page = context.new_page()
-    found = []
+@pytest.fixture(scope="module")
+def seen(browser, site, names, axe):
+    """{what is measured: {page: found}}: each page is opened once, on a laptop, then shown as on a telephone,
+    then in the dark."""
+    found = defaultdict(dict)
     for name in set(names) - {"index.html"}:  # which only forwards
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
+        page = context.new_page()
+        network, sizes = context.new_cdp_session(page), []
+        network.send("Network.enable")
+        network.on("Network.loadingFinished", lambda event, to=sizes: to.append(event["encodedDataLength"]))
         page.goto(site + name, wait_until="load")
         page.wait_for_selector("main h1")
-        page.evaluate(axe)
-        for rule in page.evaluate(f"axe.run({{{rules}resultTypes: ['violations']}})")["violations"]:
-            if rule["impact"] in ("serious", "critical"):
-                found.append((name, rule["id"], rule["nodes"][0]["html"][:200]))
-    context.close()
-    assert found == []
+        page.wait_for_load_state("networkidle", timeout=90_000)
+        found["bytes"][name] = sum(sizes)
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            found["cut", width][name] = page.evaluate(CUT)
+            found["too wide", width][name] = page.evaluate("document.documentElement.scrollWidth") > width
+            found["stretched", width][name] = page.evaluate(STRETCHED)
+        if axe:
+            page.evaluate(axe)
+            page.set_viewport_size({"width": 1280, "height": 900})
+            found["serious", "light"][name] = page.evaluate(SERIOUS, {})
+            page.emulate_media(color_scheme="dark")
+            assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+            found["serious", "dark"][name] = page.evaluate(SERIOUS, {"runOnly": ["color-contrast"]})
+        context.close()
+    return found
+
+
+def nonempty(found):
+    return {name: what for name, what in found.items() if what}
+
+
+@with_browser
+def test_no_page_is_heavy(seen):
+    """Bytes that come over the wire when a page is opened. The explorer brings its models."""
+    weights = {name: size for name, size in seen["bytes"].items() if name != "notebooks/explorer.html"}
+    assert {name: size for name, size in weights.items() if size > 1.5e6} == {}
+    assert min(weights.values()) > 1e4
+
+
+@with_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_tables_are_not_cut(seen, width):
+    """All columns on a laptop; on a telephone those up to ours."""
+    assert nonempty(seen["cut", width]) == nonempty(seen["too wide", width]) == {}
+
+
+@with_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_images_keep_their_shape(seen, width):
+    assert nonempty(seen["stretched", width]) == {}
+
+
+@with_browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious(seen, axe, theme):
+    if not axe:
+        pytest.skip("npm did not bring axe-core")
+    assert nonempty(seen["serious", theme]) == {}
 
 
 @with_browser
