@@ -56,6 +56,17 @@ def solver(record: dict) -> UnfoldedPGD:
     return _model(tuple(record["experiment"].values()), record["task"], record["method"])
 
 
+def flow_solver(task: str) -> tuple[dict, UnfoldedPGD]:
+    """(record, solver) of the kept flow solver for a task. Raises FileNotFoundError without one."""
+    found = kept_records(task)
+    for method in FLOWS:
+        if method in found:
+            return found[method], solver(found[method])
+    raise FileNotFoundError(
+        f"no flow solver for {task} is in {RESULTS / 'checkpoints'}: get the whole project"
+    )
+
+
 def kept_flow(noisy: bool = False):
     """(Glow, record) of the kept flow that saw most images; None without one."""
     flows = [r for r in kept_experiments() if r["kind"] == "flow" and r["settings"]["noisy"] == noisy]

@@ -235,7 +235,9 @@ class _Bounded(TorchFunctionMode):
         self.left = 10**7 + 2 * sum(value.numel() for value in tensors.values()) + 20_000 * len(tensors)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        # Without memory there are no first values, and to know that PyTorch imports its compiler (2 s).
+        made = kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs)
         is_new = isinstance(made, Tensor) and not any(isinstance(value, Tensor) for value in args)
         self.left -= 200 + (made.numel() if is_new else 0)
         if self.left < 0:
