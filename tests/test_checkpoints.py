@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,14 @@ def test_saved_models_come_back(tmp_path, kind):
     run = (lambda m: m(x)[1]) if kind == "flow" else (lambda m: m(x, Inpainting(5, 16)))
     assert torch.equal(run(loaded), run(model))
     assert not loaded.training and [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_loading_imports_no_compiler(tmp_path):
+    """PyTorch imports it, for seconds, to draw random numbers that have no memory."""
+    save_checkpoint(tmp_path / "a", Glow(num_levels=2, num_steps=1, hidden_channels=4))
+    code = "import sys, flowlib; flowlib.load_checkpoint(sys.argv[1]); print('torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code, str(tmp_path / "a")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_half_precision_halves_the_file(tmp_path):

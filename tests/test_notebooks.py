@@ -8,9 +8,11 @@ import sys
 
 import papermill
 import pytest
+import torch
 
 from companion import settings
 from companion.experiment import Experiment
+from companion.experiment_page import check_psnr
 from companion.parameters import PROFILES, TASKS, check, notebook_parameters
 from tests.conftest import ROOT
 
@@ -32,6 +34,28 @@ def test_parameters_are_checked_before_anything_else(path):
     first, second = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"][:2]
     assert re.fullmatch(r"(\w+ = .+\n?)+", first)
     assert second.endswith("\n\nparameters = notebook_parameters()") and second.count("import") == 1
+
+
+def test_figures_have_names_of_their_own():
+    """The book refuses a name that two pages have, after a quarter of an hour."""
+    names = [
+        cell["metadata"].get("mystnb", {}).get("figure", {}).get("name")
+        for path in NOTEBOOKS
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+    ]
+    names = [name for name in names if name]
+    assert len(names) > 10 and len(set(names)) == len(names)
+
+
+def test_a_solver_must_give_what_its_record_says():
+    record, statistics = {"psnr": None}, {"values": [20.0, 30.0, 25.0]}
+    check_psnr(record, statistics, torch.tensor([20.005, 30.0]))
+    with pytest.raises(AssertionError):
+        check_psnr(record, statistics, torch.tensor([20.05, 29.95]))
+    kept = record | {"kept": True}
+    check_psnr(kept, statistics, torch.tensor([20.2, 29.9]))  # 0.05 dB in the mean
+    with pytest.raises(AssertionError):
+        check_psnr(kept, statistics, torch.tensor([20.2, 30.2]))
 
 
 def test_the_check_needs_no_torch():
