@@ -145,7 +145,7 @@ for page in PAGES:
             runtime=60 * 24 if PROFILE == "paper" else 60 * 6,
         shell:
             f"{PYTHON} -m papermill {{input.notebook:q}} {{log:q}} --no-progress-bar --log-level WARNING {{params.words}}"
-            f" && {PYTHON} -m companion.hide {{log:q}} {{output:q}} {{params.about:q}}"
+            f" && {PYTHON} -m companion.postprocess {{log:q}} {{output:q}} {{params.about:q}}"
 
 
 # Timed, so it has every core to itself. The record of one method stands for all.

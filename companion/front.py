@@ -4,7 +4,7 @@ results."""
 import functools
 from collections.abc import Sequence
 
-from companion import gallery, going_on
+from companion import gallery, finetune
 from companion.files import write_text
 from companion.map import beside_flow
 from companion.records import recorded
@@ -70,7 +70,7 @@ def paragraphs(results: Results) -> list[str]:
     profiles = list(dict.fromkeys(r.profile for r in solvers))
     pre_trained = [c for c in pre_trained if c and c.run]
     told = [say("bottom_line", main=main, pre_trained=pre_trained, profiles=profiles)]
-    longer = [c for task in MAIN_TASKS if (c := going_on.outcome(results, task))]
+    longer = [c for task in MAIN_TASKS if (c := finetune.outcome(results, task))]
     if longer:
         before = {c.task: c.outcome for c in main}
         changed = [c for c in longer if c.outcome != before[c.task]]
@@ -84,7 +84,7 @@ def lead(results: Results) -> str:
     """What is so, in one sentence: of each task the comparison with the better rival, and what it comes to
     where rivals are pre-trained, or all are trained for longer."""
     main, pre_trained, *_ = ({task: decided(results, s, task) for task in MAIN_TASKS} for s in SENTENCES)
-    longer = {task: going_on.outcome(results, task) for task in MAIN_TASKS}
+    longer = {task: finetune.outcome(results, task) for task in MAIN_TASKS}
     return say("lead", main=main, pre_trained=pre_trained, longer=longer, sizes=other_sizes(results))
 
 

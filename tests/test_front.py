@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from companion import front, gallery, going_on, paths, records, results, tables
+from companion import front, gallery, finetune, paths, records, results, tables
 from companion.map import beside_flow
 from companion.results import Verdict
 from companion.words import say
@@ -51,7 +51,7 @@ def test_more_training_may_change_the_verdict(monkeypatch):
     now["deblurring"] = replace(
         pairs["deblurring"], verdict=Verdict.OPPOSITE, second="resnet", difference=-0.5
     )
-    monkeypatch.setattr(front.going_on, "outcome", lambda _, task: now.get(task))
+    monkeypatch.setattr(front.finetune, "outcome", lambda _, task: now.get(task))
     told = front.paragraphs(found)[1]
     assert told.startswith("**With more training inpainting is *not distinguishable*.**")
     assert told.endswith(
@@ -64,13 +64,13 @@ def test_more_training_may_change_the_verdict(monkeypatch):
 def test_solvers_that_went_on_are_recorded_ones():
     found, every = results.load(), records.recorded()
     for task in front.MAIN_TASKS:
-        assert set(going_on.above(found, task)) == {"unet", "resnet"}
-        for row, (method, went_on) in zip(going_on.table(found, task), going_on.gone_on(found, task).items()):
+        assert set(finetune.above(found, task)) == {"unet", "resnet"}
+        for row, (method, went_on) in zip(finetune.table(found, task), finetune.gone_on(found, task).items()):
             start = next(r for r in every if r.get("settings_hash") == went_on["settings_hash"])
             assert start["method"] == method and went_on["fixed_norms"] == (method != "glow")
             assert went_on["before"]["mean"] == pytest.approx(start["psnr"]["mean"], abs=0.02)
             assert went_on["images_seen"] > start["training"]["images_seen"]
-            assert (row["GLOW above it, dB"] is None) == (method not in going_on.above(found, task))
+            assert (row["GLOW above it, dB"] is None) == (method not in finetune.above(found, task))
 
 
 def test_the_bottom_line_leads_to_its_numbers():
@@ -130,7 +130,7 @@ def test_what_is_said_of_batchnorm_is_what_its_records_say():
         assert f"ended at {found[name]['psnr']['mean']:.2f} dB" in text
         for restart in found[name]["training"]["restarts"]:
             assert f"{restart['step']:,}" in text
-    on = record("going_on/cpu-celeba-s0/deblurring-unet-fixed-norms.json")
+    on = record("finetune/cpu-celeba-s0/deblurring-unet-fixed-norms.json")
     assert f"from the {on['before']['mean']:.2f} dB" in text and f"end at {on['psnr']['mean']:.2f} dB" in text
     assert on["before"]["mean"] == pytest.approx(found["set-back"]["psnr"]["mean"], abs=0.01)
     losses = [row["val_loss"] for row in on["training"]["history"]]

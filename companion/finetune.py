@@ -1,4 +1,4 @@
-"""What recorded solvers gain from more steps (benchmarks/going_on.py), and whether the paper's main claim
+"""What recorded solvers gain from more steps (benchmarks/finetune.py), and whether the paper's main claim
 comes out otherwise then."""
 
 import json
@@ -10,7 +10,7 @@ from companion.settings import METHODS
 from companion.statistics import over_images_and_seeds, spread_of_seeds
 from companion.words import lead, plus_minus
 
-FOLDER = "benchmarks/going_on"
+FOLDER = "benchmarks/finetune"
 
 
 def gone_on(results: Results, task: str) -> dict[str, dict]:

@@ -1,7 +1,7 @@
 """What a finished solver gains from 900 more steps at a tenth of its rate; with --fixed-norms while BatchNorm
 uses its averages, as in evaluation: the two modes differ, and a chain of folds multiplies the difference.
 
-python -m benchmarks.going_on --run inpainting-unet --profile cpu --dataset celeba --fixed-norms"""
+python -m benchmarks.finetune --run inpainting-unet --profile cpu --dataset celeba --fixed-norms"""
 
 import argparse
 from dataclasses import replace
@@ -73,7 +73,7 @@ def main():
         "training": summary,
         "trained": started,
     }
-    write_json(RESULTS / "benchmarks/going_on" / experiment.key / f"{name}.json", record)
+    write_json(RESULTS / "benchmarks/finetune" / experiment.key / f"{name}.json", record)
 
 
 if __name__ == "__main__":

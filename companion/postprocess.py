@@ -1,7 +1,7 @@
 """Copies an executed notebook for the book: the parameters that papermill put into it will not be on its
 page, its heading says which of the notebook's pages it is, captions stay with pictures, and who downloads it
 alone is told what it needs:
-python -m companion.hide executed.ipynb page.ipynb about"""
+python -m companion.postprocess executed.ipynb page.ipynb about"""
 
 import copy
 import sys
