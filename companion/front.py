@@ -4,7 +4,7 @@ results."""
 import functools
 from collections.abc import Sequence
 
-from companion import gallery, finetune
+from companion import finetune, gallery
 from companion.files import write_text
 from companion.map import beside_flow
 from companion.records import recorded

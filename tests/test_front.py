@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from companion import front, gallery, finetune, paths, records, results, tables
+from companion import finetune, front, gallery, paths, records, results, tables
 from companion.map import beside_flow
 from companion.results import Verdict
 from companion.words import say
