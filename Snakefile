@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 from companion.book import book_folder, hold
 from companion.experiment import Experiment
+from companion.imports import files_of
 from companion.pages import pages
 from companion.settings import OOD_IMAGES, retrain
 from data import sources_of
@@ -43,12 +44,8 @@ TABLES += ["front.md", "learning_rates.csv"]
 CHOICE = shlex.join(
     ["--profile", PROFILE, "--dataset", DATASET, "--edition", EDITION, "--seed", SEED, "--build", BUILD]
 )
-CODE = sorted(
-    str(path)
-    for folder in ("flowlib", "companion", "book/_templates/words")
-    for path in Path(folder).rglob("*.*")
-    if path.suffix in (".py", ".js", ".css", ".md")
-)
+WORDS = sorted(map(str, Path("book/_templates/words").glob("*.md")))  # sentences of pages and tables
+EXPLORER_FILES = sorted(str(path) for path in Path("companion/explorer").iterdir() if path.suffix in (".js", ".css"))
 RECORDED = sorted(str(path) for path in Path("results").rglob("*") if path.suffix in (".csv", ".json"))
 
 # The Python that runs Snakemake; like BUILD without the project's own path, so that nothing is made again
@@ -124,10 +121,11 @@ for page in PAGES:
             f"page_{page}".replace("-", "_").replace(".", "_")
         input:
             IMAGES,
-            CODE,
+            WORDS,
+            files_of(f"notebooks/{PAGES[page].notebook}.ipynb"),
             [f"{BUILD}/executed/{other}.ipynb" for other in needed(page)],
             [f"{BUILD}/tables/build.md", *RECORDED] if not PAGES[page].runs else [],
-            [f"{BUILD}/explorer", f"{BUILD}/ort"] if page == "explorer" else [],
+            [f"{BUILD}/explorer", f"{BUILD}/ort", *EXPLORER_FILES] if page == "explorer" else [],
             notebook=f"notebooks/{PAGES[page].notebook}.ipynb",
         output:
             f"{BUILD}/executed/{page}.ipynb",
@@ -165,7 +163,8 @@ rule tabulate:
     input:
         IMAGES,
         rules.classical.output,
-        CODE,
+        WORDS,
+        files_of("companion/tables.py", "companion/front.py"),
         RECORDED,
         expand(f"{BUILD}/executed/{{page}}.ipynb", page=TRAINING),
     output:
@@ -178,6 +177,7 @@ rule tabulate:
 rule explorer:
     input:
         rules.tabulate.output,
+        files_of("companion/explorer/page.py"),
     output:
         directory(f"{BUILD}/explorer"),
     priority: 1  # its page waits for it

@@ -1,7 +1,7 @@
 """From folders and zips of images to packed sets, and drawn faces for a machine that has none. This folder is
 also where the user's own images lie; git ignores those."""
 
-from .sources import (
+from data.sources import (
     NAMED,
     ImageSet,
     check_name,
@@ -15,7 +15,7 @@ from .sources import (
     prepare_synthetic,
     sources_of,
 )
-from .synthetic import draw_faces
+from data.synthetic import draw_faces
 
 __all__ = [
     "NAMED",

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from .synthetic import draw_faces
+from data.synthetic import draw_faces
 
 SUFFIXES = set(".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .jp2 .avif".split())
 UNREADABLE = {".heic", ".heif", ".hif", ".jxl"}  # images, but Pillow reads none of them

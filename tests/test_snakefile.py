@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from companion.imports import PACKAGES, files_of
 from companion.locks import locked
 from tests.conftest import ROOT
 
@@ -97,6 +99,11 @@ def test_only_what_is_affected_is_made_again(project):
     second = made(project)
     assert {name for name in second if second[name] != first[name]} == {"inpainting-unet"}
 
+    for file in ("explorer/explorer.css", "explorer/live.py", "scale.py"):  # of other pages
+        with open(project / "companion" / file, "a") as opened:
+            opened.write("\n")
+    assert "Nothing to be done" in snakemake(project, PAGE, dry=True)
+
     size = "num_levels=2, num_steps=1, hidden_channels="
     edit(project, settings, size + "8", size + "6")
     assert renamed() == {"flow", "flow-noisy", "inpainting-glow"}  # a changed flow
@@ -112,6 +119,17 @@ def test_only_what_is_affected_is_made_again(project):
     assert all(third[name] != second[name] for name in third)  # other images
     moved = shutil.copytree(project, project.with_name("moved"))
     assert "Nothing to be done" in snakemake(moved, PAGE, dry=True)
+
+
+@pytest.mark.parametrize("name", ["companion/tables.py", "companion/explorer/page.py", "flowlib/solver.py"])
+def test_a_page_depends_on_all_that_its_code_imports(name):
+    module = name.removesuffix(".py").replace("/", ".")
+    code = f"import sys, {module}; print(*(getattr(m, '__file__', None) for m in sys.modules.values()))"
+    options = dict(cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = subprocess.run([sys.executable, "-c", code], **options).stdout.split()
+    folders = [ROOT / package for package in PACKAGES]
+    ours = {path for path in map(Path, imported) if any(folder in path.parents for folder in folders)}
+    assert len(ours) > 10 and {str(path.relative_to(ROOT)) for path in ours} <= set(files_of(name))
 
 
 def test_another_snakemake_keeps_its_lock(project):
