@@ -22,6 +22,8 @@ PLAIN = (
     "blur",
     "explorer",
     "tables",
+    "paper_tables",
+    "fairness",
 )
 SHOWN_TASKS = (
     "denoising",

@@ -1,8 +1,10 @@
 """The book, built from nothing with warnings as errors: complete, linked, and filled in."""
 
+import base64
 import binascii
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -164,6 +166,14 @@ def test_table_cells_are_filled(html, pages):
         if not all(cell.strip() for cell in cells)
     }
     assert empty == {}
+
+
+def test_claims_and_numbers_can_be_saved(html):
+    page = (html / "notebooks/tables.html").read_text()
+    for name, column in {"claims.csv": "Verdict", "numbers.csv": "Record"}.items():
+        (data,) = re.findall(rf'download="{name}" href="data:text/csv;charset=utf-8;base64,([^"]+)"', page)
+        rows = list(csv.DictReader(io.StringIO(base64.b64decode(data).decode())))
+        assert len(rows) > 40 and all(row[column] for row in rows)
 
 
 def test_build_page_says_what_was_run(smoke_book, html):
