@@ -9,6 +9,8 @@ from companion.files import write_text
 from companion.map import beside_flow
 from companion.records import recorded
 from companion.results import CLAIMS, Comparison, Results, Verdict, load, paper_table, rows
+from companion.settings import METHODS, TASKS
+from companion.words import lead as lead_of
 from companion.words import page, say
 from data.portraits import BOXES
 from flowlib.files import write_atomically
@@ -86,6 +88,26 @@ def lead(results: Results) -> str:
     main, pre_trained, *_ = ({task: decided(results, s, task) for task in MAIN_TASKS} for s in SENTENCES)
     longer = {task: finetune.outcome(results, task) for task in MAIN_TASKS}
     return say("lead", main=main, pre_trained=pre_trained, longer=longer, sizes=other_sizes(results))
+
+
+def survival(results: Results) -> list[dict]:
+    """Rows, one a task: how far the flow is above the better rival, as compared and under each doubt."""
+
+    def cell(c, otherwise):
+        if not c or c.difference is None:
+            return "not run" if c else otherwise
+        return f"{c.verdict.mark} {lead_of(c)}, {METHODS[c.second].short}"
+
+    as_compared, pre_trained, *_ = SENTENCES
+    return [
+        {
+            "Task": TASKS[task].label,
+            "As compared": cell(decided(results, as_compared, task), "–"),
+            "Rivals pre-trained": cell(decided(results, pre_trained, task), "not in the paper"),
+            "All trained for longer": cell(finetune.outcome(results, task), "not recorded"),
+        }
+        for task in MAIN_TASKS
+    ]
 
 
 def how_sure(results: Results, solvers) -> str:

@@ -11,7 +11,7 @@ import torch
 from companion import finetune, front, gallery, paths, records, results, tables
 from companion.map import beside_flow
 from companion.results import Verdict
-from companion.words import say
+from companion.words import lead, say
 from data.portraits import portraits
 from flowlib import psnr
 from flowlib.checkpoints import load_tensors
@@ -71,6 +71,20 @@ def test_solvers_that_went_on_are_recorded_ones():
             assert went_on["before"]["mean"] == pytest.approx(start["psnr"]["mean"], abs=0.02)
             assert went_on["images_seen"] > start["training"]["images_seen"]
             assert (row["GLOW above it, dB"] is None) == (method not in finetune.above(found, task))
+
+
+def test_what_the_main_claim_survives():
+    """On the page of verdicts: the same comparisons as on the front page."""
+    found = results.load()
+    shown = front.survival(found)
+    assert len(shown) == len(front.MAIN_TASKS)
+    for task, row in zip(front.MAIN_TASKS, shown):
+        c = front.decided(found, list(front.SENTENCES)[0], task)
+        assert row["As compared"].startswith(f"{c.verdict.mark} {lead(c)}, ")
+        assert f"{lead(finetune.outcome(found, task))}, " in row["All trained for longer"]
+    few = front.survival(results.load(three("inpainting", 33, 32, 31)))
+    assert [row["As compared"] for row in few] == ["✓ +1.00 ± 0.00¹, U-Net", "not run", "not run"]
+    assert all(row["All trained for longer"] == "not recorded" for row in few)
 
 
 def test_the_bottom_line_leads_to_its_numbers():
