@@ -63,6 +63,27 @@ def fairness(results: Results) -> list[dict]:
     ]
 
 
+def inference_rows() -> tuple[list[dict], str]:
+    """(rows, machine) of benchmarks/inference.py: time of an answer by each solver, in one run; none without
+    its record."""
+    path = RESULTS / "benchmarks/inference.json"
+    if not path.exists():
+        return [], ""
+    record, found = json.loads(path.read_text(encoding="utf-8")), []
+    for row in record["rows"]:
+        milliseconds = [1000 * seconds for seconds in row["seconds"]]
+        found.append(
+            {
+                "Method": METHODS[row["method"]].short,
+                "Networks of": row["profile"],
+                "Folds": row["num_folds"],
+                "Parameters": row["num_parameters"],
+            }
+            | {f"ms an image, {n} at once": ms for n, ms in zip(record["batches"], milliseconds)}
+        )
+    return found, record["hardware"]
+
+
 def slopes(results: Results, edition: str, task: str) -> list[dict]:
     """Rows: what each method gained from its shortest to its longest training on a CPU core, in dB for each
     doubling of the time."""

@@ -298,7 +298,6 @@ def costs(results: Results, edition: str, task: str) -> list[dict]:
             "Ours, dB": with_seeds(r),
             "Parameters a fold": r.parameters,
             "GFLOP an image": r.gflop,
-            "ms an image": r.milliseconds,
             "Training": f"{r.minutes:.1f} min",
             "On": r.machine,
             "Images seen": r.images_seen,
