@@ -25,7 +25,7 @@ test: environment
 	"$$PYTHON" -m pytest -n 2 --dist loadfile
 	rm -rf $(SMOKE)
 	mkdir -p $(SMOKE)
-	@# the one notebook that is no page of the book, which a test builds
+	@# the one notebook outside the book, which a test builds
 	"$$PYTHON" -m papermill --prepare-only --log-level WARNING -p profile smoke -p build build/smoke-book \
 	    notebooks/live_explorer.ipynb $(SMOKE)/live_explorer.ipynb
 	"$$PYTHON" -m pytest --nbval-lax --nbval-current-env $(SMOKE)
@@ -46,7 +46,7 @@ clean:
 # `make PYTHON=/path/to/python ...` uses an environment of your own instead of making .venv.
 ifeq ($(PYTHON),.venv/bin/python)
 environment: .venv/installed
-# Scripts in .venv hold its path: where the project was moved or copied, it is made anew.
+# Scripts in .venv hold its path: it is made anew after the project was moved or copied.
 PLACE = $(shell cat .venv/lib/*/site-packages/project.pth 2>/dev/null)
 MOVED = $(if $(PLACE),$(if $(findstring =$(CURDIR)=,=$(PLACE)=),,yes))
 ifneq ($(MOVED),)

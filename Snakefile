@@ -1,4 +1,4 @@
-# From nothing to the book: prepare -> execute the notebooks, which train what is missing -> tabulate -> stage -> book.
+# From nothing to the book: prepare -> execute the notebooks, which train missing runs -> tabulate -> stage -> book.
 # `make book` calls this file. One more way: snakemake --cores all --config profile=cpu dataset=celeba
 # On a cluster, trainings are the notebooks' jobs: snakemake --profile profiles/slurm --config profile=paper dataset=celeba
 import os
@@ -48,8 +48,8 @@ WORDS = sorted(map(str, Path("book/_templates/words").glob("*.md")))  # sentence
 EXPLORER_FILES = sorted(str(path) for path in Path("companion/explorer").iterdir() if path.suffix in (".js", ".css"))
 RECORDED = sorted(str(path) for path in Path("results").rglob("*") if path.suffix in (".csv", ".json"))
 
-# The Python that runs Snakemake; like BUILD without the project's own path, so that nothing is made again
-# where the project was moved.
+# The Python that runs Snakemake; like BUILD without the project's own path, so that moving the project
+# remakes nothing.
 INSIDE = Path(sys.executable).is_relative_to(workflow.basedir)
 PYTHON = shlex.quote(os.path.relpath(sys.executable, workflow.basedir) if INSIDE else sys.executable)
 
@@ -69,7 +69,7 @@ rule all:
         f"{BUILD}/html/.buildinfo",
 
 
-# Made again when the source is replaced.
+# Remade when the source is replaced.
 rule prepare:
     input:
         lambda wildcards: sources_of(wildcards.dataset),
@@ -111,8 +111,8 @@ def cores(page):
 
 
 # One rule a page. Outputs of failed jobs are deleted, so papermill writes to the log: a failed notebook stays there to be read.
-# Of the pages that train a solver two go side by side, which small networks use better than twice the threads;
-# on a cluster each has what its resources say. A page is made again when its runs' settings or the code of a
+# Two pages that train a solver run side by side, which small networks use better than twice the threads;
+# on a cluster each has the resources of its rule. A page is made again when its runs' settings or the code of a
 # training change (both are in the names of the runs' folders).
 for page in PAGES:
 
@@ -146,7 +146,7 @@ for page in PAGES:
             f" && {PYTHON} -m companion.postprocess {{log:q}} {{output:q}} {{params.about:q}}"
 
 
-# Timed, so it has every core to itself. The record of one method stands for all.
+# Timed, so it gets all cores. The record of one method stands for all.
 rule classical:
     input:
         IMAGES[0],
@@ -173,7 +173,7 @@ rule tabulate:
         f"{PYTHON} -m companion tabulate {CHOICE}"
 
 
-# What the explorer page shows: grids of reconstructions, and the solvers as ONNX.
+# The explorer page's data: grids of reconstructions, and the solvers as ONNX.
 rule explorer:
     input:
         rules.tabulate.output,
@@ -185,7 +185,7 @@ rule explorer:
         f"{PYTHON} -m companion explorer {CHOICE}"
 
 
-# What runs them in the reader's browser. Without npm the page shows the precomputed grids only; the next build tries again.
+# The runtime for them in the reader's browser. Without npm the page shows the precomputed grids only; the next build tries again.
 rule onnxruntime_web:
     input:
         "package.json",

@@ -1,11 +1,11 @@
 """The paper's size in the minutes that a card is lent for: one command, which resumes.
 
-In this order, each with a deadline: does the card compute what a CPU does; which way of computing coupling
-nets is fastest, unless results/benchmarks knows; then the trainings of queue(), from the first that is not
-finished, each with as many steps as there is time for, and evaluated. Nothing starts that cannot finish.
+In this order, each with a deadline: a check that the card computes what a CPU does; the fastest way of
+computing coupling nets, unless results/benchmarks has it; then the unfinished trainings of queue(), each with
+as many steps as time allows, and evaluated. Nothing starts that cannot finish.
 
-What must not be lost is in --out, written after each stage and each minute of training: card.json, and models
-and states in few bits (benchmarks/lent.py), 64 MiB at most. On another machine, first copy what came home:
+--out holds everything that must not be lost, written after each stage and each minute of training: card.json,
+and models and states in few bits (benchmarks/lent.py), 64 MiB at most. On another machine, first copy them:
 
     cp -r home/. out && python -m benchmarks.card --minutes 14 --out out"""
 
@@ -35,9 +35,9 @@ from flowlib.products import METHODS
 from flowlib.prox import PROXES
 from flowlib.training import Diverged
 
-EVERY, RESERVE = 60, 60  # seconds: from one writing to the next; for an evaluation and what is sent after it
+EVERY, RESERVE = 60, 60  # seconds: between two writings; for an evaluation and its files
 RATES = {"muon": 5e-4, "adam": 1e-4}
-LEAST = 0.25  # of a training's steps: with time for fewer, it is not started
+LEAST = 0.25  # share of a training's steps: with time for less, it is not started
 TRIED = 20  # steps of which the time is taken
 WRONG = 1e-3  # relative error
 
@@ -102,7 +102,7 @@ class Card:
         return self.work / f"{name}.safetensors", self.work / name / "resume.safetensors"
 
     def restore(self):
-        """What came home takes its place again, where this machine has nothing newer."""
+        """Puts the copied files back in place, where this machine has nothing newer."""
         for name in ("flow", *self.trials):
             model, resume = self.places(name)
             found = None if model.exists() or resume.exists() else lent.fetch(self.out, name)
@@ -126,7 +126,7 @@ class Card:
         glow.initialize(to_tensor(self.experiment.split("train")[:64]))
         solver, trial = UnfoldedPGD([GlowProx(glow)], torch.zeros(1, 3, 64, 64)), Trial("denoising", 1, 16, 1)
         on_card, until = device().type == "cuda", time.monotonic() + min(180, self.left() / 3)
-        for method in METHODS if on_card else ("plain", "products"):  # a CPU is not worth compiling for
+        for method in METHODS if on_card else ("plain", "products"):  # compiling does not pay on a CPU
             try:
                 with lent.deadline(min(60, until - time.monotonic())):
                     rows[method] = {"error": error_of(method)}
@@ -164,7 +164,7 @@ class Card:
             self.note("flow", record=record, bits=lent.send(model, self.out, "flow"))
 
     def until_the_end(self, name, resume, work):
-        """What work() gives, or None where its time was over. Meanwhile its state is sent home."""
+        """The result of work(), or None if its time ran out. Meanwhile its state is saved to --out."""
         try:
             with lent.sending(resume, self.out, name, EVERY, self.note), lent.deadline(self.left() - RESERVE):
                 return work()

@@ -1,5 +1,5 @@
-"""Faces cut otherwise than in training: the kept solvers and the likelihood of the flow on test images whose
-square is larger or smaller, higher or lower, by some of its side.
+"""Faces cut differently than in training: the kept solvers and the likelihood of the flow on test images
+whose square is larger or smaller, higher or lower, by parts of its side.
 
 Run, in a build with prepared CelebA: python -m benchmarks.crops --build build"""
 
@@ -64,7 +64,7 @@ def main():
     packed = experiment.images()
     rows = split_indices(len(packed), **experiment.split_sizes)["test"][: args.images]
     (source,) = map(Path, data.sources_of("celeba"))
-    # Another order of the files, or another crop, would mean other images than those of the tables.
+    # Another order of the files, or another crop, would give other images than the tables'.
     difference = cut(source, rows[:8], 1.0, 0.0).astype(int) - packed.images[rows[:8]]
     if source.name != packed.manifest["source"] or abs(difference).max() > 2:
         raise ValueError(f"{source} is not what {experiment.build} was prepared from: prepare it again")

@@ -1,4 +1,4 @@
-"""What comes of flipped bits, hostile files and killed runs: the tests ask for the same, the book shows the
+"""The outcomes of flipped bits, hostile files and killed runs: the tests check the same, the book shows the
 counts.
 
 Run: python -m benchmarks.faults"""
@@ -44,7 +44,7 @@ NAMED, SAME = "an error that names the file", "the same result"
 
 
 def outcome(path, read, expected):
-    """What comes of reading a file, in words; expected: what a whole one gives."""
+    """The outcome of reading a file, in words; expected: the content of a whole one."""
     try:
         found = read(path)
     except ValueError as error:
@@ -143,7 +143,7 @@ def flips(kind, count):
 
 
 def flip_bits(kind, folder, count, seed=0):
-    """{what came of it: how often} of reading a file of a kind, each time with another bit flipped."""
+    """{outcome: how often} of reading a file of a kind, each time with another bit flipped."""
     path, read = FILES[kind](Path(folder))
     content, expected, found = path.read_bytes(), read(path), Counter()
     for place in np.random.default_rng(seed).integers(8 * len(content), size=count).tolist():
@@ -265,7 +265,7 @@ HOSTILE = {
 
 
 def hostile(name, folder):
-    """What comes of reading a hostile file, in words."""
+    """The outcome of reading a hostile file, in words."""
     path, read = HOSTILE[name](Path(folder))
     return outcome(path, read, None)
 
@@ -291,8 +291,8 @@ def _smoke(build, method):
 
 
 def kill_runs(folder, count, method="resnet", seed=0):
-    """{what came of it: how often} of killing a run (kill -9) `count` times at random moments. What follows a
-    kill is the next start; the record of a run that ends is compared with one that was never killed."""
+    """{outcome: how often} of killing a run (kill -9) `count` times at random moments. Each kill is followed
+    by the next start; the record of a finished run is compared with one that was never killed."""
 
     def build(name):
         data.prepare_synthetic(Path(folder) / name / "data" / "synthetic", num_images=40)
@@ -347,7 +347,7 @@ def _restored(build, method, results):
 
 
 def kill_unpacking(folder, count, seed=0):
-    """{what came of it: how often} of killing the unpacking of a kept solver at random moments."""
+    """{outcome: how often} of killing the unpacking of a kept solver at random moments."""
     whole, results = Path(folder) / "whole", Path(folder) / "results"
     data.prepare_synthetic(whole / "data" / "synthetic", num_images=40)
     experiment, run = _smoke(whole, "glow")
@@ -412,8 +412,8 @@ def fill(process, build, generator):
 
 
 def disturb_build(build, disturb, count=1, seed=0):
-    """{stage: what the build said} of disturbing a build `count` times in each stage and going on with it; in
-    "at the end", what came of the last start, and what is left of the others."""
+    """{stage: the build's messages} of disturbing a build `count` times in each stage and resuming it; in
+    "at the end", the outcome of the last start, and the remains of the others."""
     command = [sys.executable, "-m", "companion", "book", "--profile", "smoke", "--build", str(build)]
     generator, told = np.random.default_rng(seed), defaultdict(list)
 

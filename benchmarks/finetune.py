@@ -1,5 +1,5 @@
-"""What a finished solver gains from 900 more steps at a tenth of its rate; with --fixed-norms while BatchNorm
-uses its averages, as in evaluation: the two modes differ, and a chain of folds multiplies the difference.
+"""The gain of a finished solver from 900 more steps at a tenth of its rate; with --fixed-norms, BatchNorm
+then uses its averages, as in evaluation: its two modes differ, and a chain of folds multiplies that.
 
 python -m benchmarks.finetune --run inpainting-unet --profile cpu --dataset celeba --fixed-norms"""
 

@@ -1,5 +1,5 @@
-"""What each fold of the kept flow solvers is worth: the PSNR without its prox (λ = 0), and the round trip of
-its flow on what it is given.
+"""The worth of each fold of the kept flow solvers: the PSNR without its prox (λ = 0), and the round trip of
+its flow on its input.
 
 Run, in a build with prepared images: python -m benchmarks.folds --build build"""
 

@@ -1,5 +1,5 @@
-"""Time of an answer by each solver, all in one run on one core, in float32: what records of single runs, made
-on several machines, cannot say.
+"""Time of an answer by each solver, all in one run on one core, in float32; records of single runs, made on
+several machines, do not compare.
 
 Run: OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.inference. Weights are random, as they do not change
 the time; the operator is a hole."""

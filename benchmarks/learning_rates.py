@@ -1,6 +1,6 @@
-"""Which learning rates the three proximal mappings bear: short inpainting trainings from the same start,
-validation PSNR along the way. Every mapping gets as many rates and about as much time as the others, so all
-are tuned equally little.
+"""The learning rates that the three proximal mappings tolerate: short inpainting trainings from the same
+start, validation PSNR along the way. Every mapping gets as many rates and about as much time as the others,
+so all are tuned equally little.
 
 Run, in a build that has its flow: python -m benchmarks.learning_rates --dataset celeba --build build"""
 

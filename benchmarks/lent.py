@@ -1,9 +1,9 @@
-"""What work on a machine that is lent for minutes needs: deadlines, and a model or the state of a training in
-few bits and in small files, to be sent home.
+"""Tools for work on a machine that is lent for minutes: deadlines, and models or states of trainings in few
+bits and in small files, to be copied home.
 
-Large weights are integers of 8 bits, or as many as there is room for, with one scale a row. Of what an
-optimizer keeps, momenta, those of some ten steps, start at zero, and Adam's squares are means of rows. The
-best weights so far are taken to be the last, until the next validation."""
+Large weights are integers of 8 bits, or as many as there is room for, with one scale a row. Of an
+optimizer's state, momenta, which cover some ten steps, restart at zero, and Adam's squares are means of rows.
+Until the next validation the last weights count as the best."""
 
 import math
 import signal
@@ -24,9 +24,9 @@ MOMENTS = {"momentum": "zero", "exp_avg": "zero", "exp_avg_sq": "mean"}
 
 
 def send(path: Path, out: Path, name: str) -> int:
-    """Writes a checkpoint or resume file small to out/name.1.safetensors, …; the bits that a weight has, or 0
-    where fewer than 4 would fit and nothing is sent. Without room for all in out, what was sent first goes,
-    the flow last."""
+    """Writes a checkpoint or resume file small to out/name.1.safetensors, …; returns the bits of a weight, or
+    0 where fewer than 4 would fit and nothing is sent. If out lacks room, the oldest files are removed first,
+    the flow's last."""
     tensors, header = load_tensors(path)
     tensors = {key: value for key, value in tensors.items() if not key.startswith("best.")}
     large, kind = defaultdict(dict), {}

@@ -2,8 +2,8 @@
 
 Rate, weight and number of steps are chosen on validation images, then starts are compared on the same ones,
 then the test images come, with the noise of the tables, and images out of distribution, a few at a time. A
-run that was stopped goes on, and so does one with a larger --images or --ood. The kept solvers are timed
-beside it.
+stopped run resumes, also with a larger --images or --ood. The kept solvers are timed beside
+it.
 
 Run, one core each, in a build with prepared images (0.08 s an image and step: 7 to 17 s an image):
 OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.map denoising --images 500 --ood 100 --build build
@@ -98,8 +98,8 @@ def compare_starts(task, flow, operator, y, x, setting, record, save):
 
 @torch.no_grad()
 def test(task, flow, images, seed, setting, part, save, num_images):
-    """Adds uint8 images to part until it has num_images: of each the quality, the objective, and of answer
-    and original the squared norm of the code and the bits per dimension."""
+    """Adds uint8 images to part until it has num_images: for each the quality and the objective, and for
+    answer and original the squared norm of the code and the bits per dimension."""
     x, originals = to_tensor(images), dequantize(images, generator_for(seed, "test")).to(device())
     y, operator = measured(task, x, seed)  # of all images, so that each has the noise of the tables
     runs = part.setdefault("runs", [])

@@ -1,6 +1,6 @@
 """A flow that is only plugged in, done fairly: λ and μ, one number each for all folds, chosen on validation
 images, beside the paper's way (λ = 0.1 fixed, μ trained: the recorded runs "glow-frozen"), beside the same
-without a flow (λ = 0), and beside the measurement as it is.
+without a flow (λ = 0), and beside the measurement itself.
 
 Run, some minutes a task on one core, in a build with prepared images:
 OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.plugged_in denoising --build build
@@ -35,7 +35,7 @@ class Identity(torch.nn.Module):
 
 
 def plugged_in(flow, setting, num_folds):
-    """The solver whose folds all have this flow, as it is, and these numbers."""
+    """The solver whose folds all have this unchanged flow and these numbers."""
     prox = GlowProx(flow) if setting["shrinkage"] else Identity()
     return UnfoldedPGD([prox] * num_folds, flow.mode(64).detach(), **setting).to(device()).eval()
 

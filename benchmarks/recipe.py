@@ -1,8 +1,8 @@
 """What makes a flow solver learn: short trainings on one core that differ in one thing each.
 
-A trial is one training of a solver; it may start from where another one ended. Its time is that of the
-processor, with that of the trials it started from; pre-training of the flow, which all share, comes on top.
-Compared is the PSNR of the validation images, as the test images belong to the book's tables.
+A trial is one training of a solver; it may start from where another one ended. Its time is
+processor time, with that of the trials it started from, but without the pre-training of the flow, which all
+share. Trials are compared by PSNR on validation images, as the test images belong to the book's tables.
 
 Run, one a core: OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.recipe --build build NAME ..."""
 
@@ -33,7 +33,7 @@ VALIDATIONS = 6  # a trial
 @dataclass(frozen=True)
 class Trial:
     """One training. start: "flow", "flow-noisy", None (fresh weights) or the trial whose solver it starts
-    from; folds that this one has beyond that do nothing at first (λ = μ = 0). x0: "zero" or "mode", g(0).
+    from; its further folds do nothing at first (λ = μ = 0). x0: "zero" or "mode", g(0).
     fold_loss: weight of a loss on every fold, falling to 0 at half of the steps. tied: folds share one
     network. by_width: a convolution of more than 64 input channels has the rate times 64 / channels."""
 
@@ -136,7 +136,7 @@ def groups_of(solver: UnfoldedPGD, trial: Trial, settings: Training) -> list[dic
 
 
 def fold_loss(solver: UnfoldedPGD, weight: float, num_steps: int) -> Callable:
-    """The loss of x_K, and at first a share of that of all folds."""
+    """The loss of x_K, and at first a share of the loss of all folds."""
     count = iter(range(10**9))
 
     def loss(x, y, operator):
@@ -164,7 +164,7 @@ def settings_of(trial: Trial) -> Training:
 
 
 def carry_out(name: str, experiment: Experiment) -> dict:
-    """Trains what a trial is, and writes its record."""
+    """Trains a trial, and writes its record."""
     trial, folder = TRIALS[name], experiment.build / "recipe"
     path = RESULTS / "benchmarks" / "recipe" / f"{name}.json"
     if path.exists():

@@ -1,6 +1,6 @@
 """Speed of the flow as ratios in one run: minima and medians over alternating repeats, beside the floor.
 
-The floor is the coupling networks' convolutions alone (with ReLU), in the same memory format and dtype: no
+The floor is only the coupling networks' convolutions (with ReLU), in the same memory format and dtype: no
 flow that evaluates these networks can be faster. Run on a quiet machine:
 python -m benchmarks.speed [--profile cpu]"""
 
@@ -77,7 +77,7 @@ def median_ratio(a, b):
 
 
 def matmul_peak(dtype, size=2048):
-    """GFLOP/s of a large matrix product: what this machine can do at best."""
+    """GFLOP/s of a large matrix product, the best that this machine can do."""
     a, b = torch.randn(2, size, size).to(dtype)
     return 2 * size**3 / min(timed(lambda: a @ b) for _ in range(8)) / 1e9
 
@@ -200,7 +200,7 @@ def main():
             set_memory(glow, "plain")
 
         functions["flowlib training, reversible"] = reversible
-        # What is compared runs one after the other.
+        # The compared functions run one after the other.
         functions = dict(sorted(functions.items(), key=lambda item: "training" in item[0]))
         if args.profile != "paper":
             functions |= unfolded_functions(glow, dtype, x)

@@ -22,7 +22,7 @@ from flowlib.checkpoints import load_tensors
 from flowlib.images import dequantize
 from flowlib.training import Diverged, generator_for
 
-# What is tried, by name: settings of the flow, and of its pre-training.
+# The candidates by name: settings of the flow, and of its pre-training.
 RULES = {
     "sigmoid": (dict(scale="sigmoid"), {}),
     "exp": (dict(scale="exp"), {}),
@@ -35,14 +35,14 @@ FLOW = dict(num_levels=3, num_steps=8, hidden_channels=64, last_level_steps=8)
 PRETRAINING = Training(num_steps=1200, batch_size=16, lr=1e-3, validate_every=500, patience=100)
 SHRINKAGES = (0.001, 0.01, 0.1)
 TASKS = ("denoising", "inpainting", "deblurring")
-# On purpose without the care that the profiles take: λ from 0.1, one learning rate, clipping at 1.
+# Deliberately without the profiles' safeguards: λ from 0.1, one learning rate, clipping at 1.
 UNFOLDED = Training(
     num_steps=40, batch_size=8, lr=2e-4, warmup_steps=50, cosine=False, validate_every=20, val_images=50
 )
 
 
 def inputs(x):
-    """What a solver may hand to the flow, by name: each like x, (B, 3, 64, 64)."""
+    """Inputs that a solver may give to the flow, by name: each like x, (B, 3, 64, 64)."""
     generator = generator_for(0, "stability")
     noise = torch.randn(x.shape, generator=generator)
     return {
@@ -123,7 +123,7 @@ def gradient_errors(glow, x):
 
 
 def longer(path, x):
-    """What there is to say of a flow that was trained longer, or is larger."""
+    """The measurements of a flow that was trained longer, or is larger."""
     glow, info = load_checkpoint(path), load_tensors(path)[1]["info"]
     about = {"config": glow.config, "num_parameters": sum(p.numel() for p in glow.parameters())}
     about |= {"images_seen": info["summary"]["images_seen"], "gradient_errors": gradient_errors(glow, x[:2])}

@@ -174,7 +174,7 @@ COMMANDS = {
 
 
 def _told():
-    """main, with one sentence for what the user can put right."""
+    """main, with one sentence for each error that the user can correct."""
     try:
         return main()
     except (ValueError, FileNotFoundError) as error:

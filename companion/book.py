@@ -33,8 +33,8 @@ def book_folder(build: str) -> Path:
 
 
 def build_book(build: str, **choice) -> int:
-    """Builds the book and what it needs; the exit code. A build that was killed is gone on with: its lock,
-    which the kernel frees, is ours, so that Snakemake's own can be taken away. Raises ValueError, before
+    """Builds the book and what it needs; the exit code. A killed build is resumed: the kernel
+    freed its lock, which is ours, so Snakemake's own can be removed. Raises ValueError, before
     anything is written, for a choice that cannot be built."""
     folder = book_folder(build)
     experiment = Experiment(**choice, build=build)
@@ -57,7 +57,7 @@ def build_book(build: str, **choice) -> int:
             if shutil.which("npm") and not list((folder / "ort").glob("*.mjs")):
                 # npm failed, perhaps without a network: try again
                 shutil.rmtree(folder / "ort", ignore_errors=True)
-            # The lock is theirs, too: it outlives this process, were it killed alone.
+            # Children share the lock: it outlives this process if only this one is killed.
             options = {"cwd": ROOT, "env": environment, "pass_fds": () if lock is None else (lock,)}
             subprocess.run([*snakemake, "--unlock", "--quiet"], stderr=subprocess.DEVNULL, **options)
             code = subprocess.run(snakemake, **options).returncode
@@ -88,8 +88,8 @@ def _running(folder):
 
 
 def _train_anew(experiment, mark, settings):
-    """With RETRAIN=1, forgets what the experiment's runs gave, so that all are trained again; one that was
-    killed at it goes on."""
+    """With RETRAIN=1, forgets the results of the experiment's runs, so that all are trained again; a killed
+    retraining resumes."""
     if not retrain():
         mark.unlink(missing_ok=True)
     elif not mark.exists() or json.loads(mark.read_text(encoding="utf-8")) != settings:
@@ -101,7 +101,7 @@ def _train_anew(experiment, mark, settings):
 
 
 def _try_to_write(folder):
-    """OSError where the disk is full, which in the output of what failed is not easily found."""
+    """OSError where the disk is full, which is hard to see in a failed job's output."""
     test = folder / "space"
     try:
         test.write_bytes(bytes(2**24))

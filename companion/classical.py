@@ -1,4 +1,4 @@
-"""Classical reconstructions: what can be had without a training. Each maps measurements y (B, C, H, W) and
+"""Classical reconstructions, without training. Each maps measurements y (B, C, H, W) and
 their operator to an estimate of the same shape, with at most one parameter, chosen on validation images by
 mean PSNR."""
 
@@ -140,8 +140,8 @@ NUM_VALIDATION = 50  # images that a parameter is chosen on
 
 
 def record_classical(experiment, task):
-    """The records of the classical methods of a task, in order; those that are missing are made, or taken
-    over from records of the same images that are kept with the code."""
+    """The records of the classical methods of a task, in order; missing ones are made, or copied from records
+    of the same images that are kept with the code."""
     return [_record(experiment, task, key) for key in CLASSICAL[TASKS[task].kind]]
 
 

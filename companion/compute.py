@@ -1,4 +1,4 @@
-"""Accuracy against compute: what the recorded solvers cost, with all that they start from, and reached."""
+"""Accuracy against compute: cost of the recorded solvers, pre-training included, and their results."""
 
 import json
 import math
@@ -39,8 +39,8 @@ def solvers(results: Results, edition: str, task: str) -> pd.DataFrame:
 
 
 def fairness(results: Results) -> list[dict]:
-    """Rows, one a compared run and seed: what it took, with all that it starts from, how often its training
-    went back, and which learning rates its network was tried with."""
+    """Rows, one a compared run and seed: its cost, with all that it starts from, how often its training went
+    back, and the learning rates tried for its network."""
     tried, every = defaultdict(list), rows(results.runs)
     for row in json.loads((RESULTS / "benchmarks/learning_rates.json").read_text(encoding="utf-8"))["rows"]:
         tried[row["method"]].append(f"{row['lr']:g}")
@@ -99,7 +99,7 @@ def slopes(results: Results, edition: str, task: str) -> list[dict]:
 
 
 def trials() -> dict[str, dict]:
-    """The records of benchmarks/recipe.py, by name, each with "minutes": of the processor, with those of the
+    """The records of benchmarks/recipe.py, by name, each with "minutes": processor time, with that of the
     trials it started from; and "curve": (minutes, dB) at each validation."""
     found = {}
     for path in sorted((RESULTS / "benchmarks/recipe").glob("*.json")):

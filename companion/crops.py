@@ -1,4 +1,4 @@
-"""What benchmarks/crops.py found: faces cut otherwise than in training."""
+"""Results of benchmarks/crops.py: faces cut differently than in training."""
 
 import json
 
@@ -24,7 +24,7 @@ def record() -> dict | None:
 
 
 def series(crops: list[dict], change: str) -> list[dict]:
-    """The crops in which nothing but this changed, in order."""
+    """The crops in which only this changed, in order."""
     other = next(name for name in CHANGES if name != change)
     found = [row for row in crops if row[other] == CHANGES[other][1]]
     return sorted(found, key=lambda row: row[change])
@@ -51,7 +51,7 @@ def table(crops: list[dict]) -> list[dict]:
 
 
 def summary(found: dict | None) -> dict:
-    """What the template crops tells: of each task, as cut in training and otherwise."""
+    """The content of the template crops: each task, as cut in training and differently."""
     if not found:
         return {"crops": 0}
     as_trained = {name: value for name, (_, value) in CHANGES.items()}

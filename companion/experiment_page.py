@@ -30,8 +30,8 @@ def trained(here: list[dict]) -> dict[str, dict]:
 
 
 def check_psnr(record: dict, statistics: dict, found: torch.Tensor) -> None:
-    """AssertionError unless the PSNR found on the first images are those of the record, to 0.01 dB each, or
-    to 0.1 dB in the mean for a model that is kept with the code in few bits."""
+    """AssertionError unless the PSNRs found on the first images equal those of the record, to 0.01 dB each,
+    or to 0.1 dB in the mean for a model that is kept with the code in few bits."""
     expected, atol = torch.tensor(statistics["values"][: len(found)]), 0.01
     if record.get("kept"):
         found, expected, atol = found.mean(), expected.mean(), 0.1
@@ -40,8 +40,8 @@ def check_psnr(record: dict, statistics: dict, found: torch.Tensor) -> None:
 
 def checked(experiment: Experiment, task: str, runs: dict[str, Run], of: dict[str, dict]):
     """(x, y, solvers, estimates): all test images x (N, C, H, W) and their measurements y, the trained solver
-    of each record in of, and its estimates of the first NUM. AssertionError where a solver does not give what
-    its record says, or was given other measurements."""
+    of each record in of, and its estimates of the first NUM. AssertionError where a solver does not match
+    its record, or got other measurements."""
     x = to_tensor(experiment.split("test"))
     y, operator = records.measured(task, x, experiment.seed)
     solvers = {method: load(experiment, runs[method]).to(device()) for method in of}

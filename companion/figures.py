@@ -48,8 +48,8 @@ STYLE = {
 }
 
 
-# Plots are inverted in the book's dark theme, which photographs must not be: theirs have no ground of their
-# own, and a grey that can be read on both.
+# The book's dark theme inverts plots, but must not invert photographs: these have no background of their own,
+# and a grey that is legible on both.
 ON_ANY_GROUND = STYLE | {"figure.facecolor": "none", "axes.facecolor": "none"}
 ON_ANY_GROUND |= {"text.color": "#767676", "axes.labelcolor": "#767676"}
 
@@ -265,8 +265,8 @@ def validation_curves(runs, paper=None):
 
 @styled
 def accuracy_against_compute(solvers, paper):
-    """Test PSNR over the minutes that it took, what a solver starts from included, one point a recorded run,
-    with the course of its validation; one panel a kind of machine. solvers: see compute.solvers; paper:
+    """Test PSNR over training minutes, with those of the runs it starts from, one point a recorded run,
+    with its validation curve; one panel a kind of machine. solvers: see compute.solvers; paper:
     {method: PSNR}, as dotted lines."""
     panels = [found for of in (True, False) if len(found := solvers[(solvers.machine == CPU) == of])]
     size = (WIDTH, 0.6 + 2.7 * len(panels))
@@ -341,7 +341,7 @@ def psnr_dots(settings, paper):
 
 @styled
 def response_dots(rows):
-    """How strongly each kind of input answers to shrinkage, one marker a scale rule: rows of
+    """The response of each kind of input to shrinkage, one marker a scale rule: rows of
     benchmarks/stability.json."""
     rows = [row for row in rows if "inputs" in row]  # not those that diverged
     names = list(rows[0]["inputs"])
@@ -381,8 +381,8 @@ def roofline(rows, machine):
 
 @styled
 def blur_evidence(rows):
-    """PSNR over kernel size, circular border, rows of benchmarks/blur.json: above, what an inverse that is
-    as good as the paper's solvers at σ_b 5 loses at 8; below, what short trainings reach."""
+    """PSNR over kernel size, circular border, rows of benchmarks/blur.json: above, the loss at σ_b 8
+    of an inverse as good as the paper's solvers at 5; below, the results of short trainings."""
     rows = [row for row in rows if row["boundary"] == "circular" and row["kernel_size"] <= 9]
     trained = [row for row in rows if "trained" in row]
     figure, axes = plt.subplots(2, figsize=(WIDTH, 6.2), sharex=True)
@@ -411,7 +411,7 @@ def blur_evidence(rows):
 @photographs
 def fold_diagram(y, x0, folds, numbers, original):
     """The folds of one image as a diagram: each row one fold, the image after its data step, the path through
-    the latent space, and the image after its prox. numbers: what records.describe_folds says of the image."""
+    the latent space, and the image after its prox. numbers: from records.describe_folds for the image."""
     side, step, left, right = 1.3, 1.82, 0.0, WIDTH - 1.3
     bottom, centre = -len(folds) * step - 0.05, WIDTH / 2
     figure, axis = plt.subplots(figsize=(WIDTH, side + 0.45 - bottom))

@@ -1,5 +1,5 @@
-"""What recorded solvers gain from more steps (benchmarks/finetune.py), and whether the paper's main claim
-comes out otherwise then."""
+"""What recorded solvers gain from more steps (benchmarks/finetune.py), and whether this changes the
+paper's main claim."""
 
 import json
 
@@ -60,7 +60,7 @@ def table(results: Results, task: str) -> list[dict]:
 
 
 def outcome(results: Results, task: str) -> Comparison | None:
-    """How the flow then stands to the better of its rivals; None where one of the three has not gone on."""
+    """The flow against the better of its rivals then; None where one of the three has no further training."""
     found = above(results, task)
     if not {"unet", "resnet"} <= set(found):
         return None

@@ -43,7 +43,7 @@ def worth(run: Run, switched_off: list[dict]) -> list[float] | None:
 
 
 def table(runs: list[Run], switched_off: list[dict]) -> list[dict]:
-    """The rows of fold_rows, with each prox's gain and worth, and whose they are."""
+    """The rows of fold_rows, with each prox's gain and worth, and its run."""
     found = []
     for run in runs:
         measured = worth(run, switched_off) or [None] * len(run.folds)
@@ -55,7 +55,7 @@ def table(runs: list[Run], switched_off: list[dict]) -> list[dict]:
 
 
 def summary(runs: list[Run], switched_off: list[dict]) -> dict:
-    """What the template which_folds tells."""
+    """The content of the template which_folds."""
     denoisers = [r for r in runs if TASKS[r.task].kind == "denoising"]
     others = [r for r in runs if r not in denoisers]
     measured = [found for r in runs if (found := worth(r, switched_off))]

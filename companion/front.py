@@ -20,7 +20,7 @@ RIVALS = ("unet", "resnet")
 PRE_TRAINED = ("unet-denoiser", "resnet-denoiser")
 # What the paper says of the flow, each sentence with the rivals that it is about.
 SENTENCES = CLAIMS[CLAIMS.sentence != ""].groupby("sentence", sort=False).second.nunique().to_dict()
-# Of several rivals that one decides which comes first: one that is ahead is enough.
+# The rival whose verdict comes first decides: one rival ahead is enough.
 DECISIVE = (
     Verdict.NOT_RUN,
     Verdict.OPPOSITE,
@@ -47,8 +47,8 @@ def for_the_flow(claims: list[Comparison]) -> list[list[Comparison]]:
 
 
 def other_sizes(results: Results, tasks: Sequence[str] = MAIN_TASKS) -> list[dict]:
-    """Where runs of another size than those compared say otherwise of the main claim, or have its rivals
-    alone: the template other_sizes."""
+    """Where runs of another size than those compared contradict the main claim, or have only its rivals: for
+    the template other_sizes."""
     found = []
     for size in ("gpu", "gpu-longer", "paper"):
         for task in tasks:
@@ -83,8 +83,8 @@ def paragraphs(results: Results) -> list[str]:
 
 
 def lead(results: Results) -> str:
-    """What is so, in one sentence: of each task the comparison with the better rival, and what it comes to
-    where rivals are pre-trained, or all are trained for longer."""
+    """The main result in one sentence: each task's comparison with the better rival, also where rivals are
+    pre-trained, or all are trained for longer."""
     main, pre_trained, *_ = ({task: decided(results, s, task) for task in MAIN_TASKS} for s in SENTENCES)
     longer = {task: finetune.outcome(results, task) for task in MAIN_TASKS}
     return say("lead", main=main, pre_trained=pre_trained, longer=longer, sizes=other_sizes(results))
@@ -125,8 +125,8 @@ def how_sure(results: Results, solvers) -> str:
 
 
 def budgets(results: Results) -> list[dict]:
-    """What the runs of each profile that is compared, or shown beside, got and reached; of those whose
-    flow is recorded."""
+    """Budgets and results of each profile that is compared, or shown beside, and whose flow is
+    recorded."""
     found, compared = [], {r.profile for r in rows(results.compared("v2")) if r.kind == "solver"}
     of_v2 = [r for r in rows(results.settings) if r.kind == "solver" and r.edition == "v2"]
     for profile in ("gpu", "gpu-longer", "cpu", "short"):

@@ -1,5 +1,5 @@
-"""Two real faces, restored by recorded solvers: pictures for every build, whatever it was trained on. Where a
-solver is too large to be kept with the code, what it makes of the faces is kept in its place."""
+"""Two real faces, restored by recorded solvers: pictures for every build, whatever it was trained on. For
+a solver too large to be kept with the code, its restored faces are kept instead."""
 
 import functools
 
@@ -88,7 +88,7 @@ def keep_samples(record: dict, glow, temperature: float = 0.7):
 
 
 def largest_flow():
-    """({"mode", "samples"}: uint8 images (N, H, W, 3), record) of the largest recorded flow of which a
+    """({"mode", "samples"}: uint8 images (N, H, W, 3), record) of the largest recorded flow whose
     picture is kept; None without one."""
     found = [r for r in recorded() if r["kind"] == "flow" and _picture(r).exists()]
     if not found:
@@ -98,8 +98,8 @@ def largest_flow():
 
 
 def plugged_in(record: dict) -> UnfoldedPGD:
-    """The solver of a plug-and-play record: nothing of it was trained but μ, so the flow as it is kept and
-    the record's numbers are all of it."""
+    """The solver of a plug-and-play record: only μ was trained, so the kept flow and the record's numbers
+    define it."""
     experiment = Experiment(**record["experiment"])
     glow = kept_model(experiment, experiment.flow()).eval()
     scalars = {name: [fold[name] for fold in record["folds"]] for name in ("step_size", "shrinkage")}
@@ -125,7 +125,7 @@ def restored(task: str, ood: bool = False, solvers: dict | None = None, images: 
 
 
 def _picture(record):
-    """Where the faces as this recorded solver restored them are kept, if they are."""
+    """The kept file of the faces restored by this recorded solver, if there is one."""
     names = record["experiment"]
     folder = f"{names['profile']}-{names['dataset']}-s{names['seed']}"
     return RESULTS / "pictures" / folder / names["edition"] / f"{record['name']}.safetensors"
@@ -189,7 +189,7 @@ def _figure(task, shown):
 
 def examples(task: str, ood: bool = False, images: torch.Tensor | None = None):
     """Figure: measurement, each kept method, original; a sentence where nothing is kept. The two faces
-    measured as in training are also shown by methods of which nothing but this picture is kept."""
+    measured as in training are also shown for methods of which only this picture is kept."""
     shown = pictured(task) if images is None and not ood else {}
     images = faces() if images is None else images
     y, estimates = restored(task, ood, images=images)

@@ -1,4 +1,4 @@
-"""Locks between processes, which the kernel frees when one ends, however it ends."""
+"""Locks between processes, which the kernel frees when a process ends in any way."""
 
 import errno
 import fcntl
@@ -15,9 +15,9 @@ WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some file syst
 
 @contextmanager
 def locked(path: Path, waiting: str | None = None) -> Iterator[int | None]:
-    """Holds the lock at path; gives its file's descriptor. Where another process has it, says `waiting` and
-    waits; without that raises BlockingIOError. On a file system without locks, which is said, it keeps apart
-    one user's processes on one machine."""
+    """Holds the lock at path; gives its file's descriptor. If another process has it, prints `waiting` and
+    waits; without `waiting` raises BlockingIOError. On a file system without locks, it says so and separates
+    only one user's processes on one machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
     here = Path(tempfile.gettempdir()) / f"flowlib-{os.getuid()}-{name}.lock"

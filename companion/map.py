@@ -19,7 +19,7 @@ NUMBERS = 3 * 64 * 64  # of an image
 
 
 def recorded(folder: str = "map", needs: str = "test") -> dict[str, dict]:
-    """{task: record} of what is recorded in results/benchmarks/folder and has got as far as `needs`."""
+    """{task: record} of the records in results/benchmarks/folder that have got as far as `needs`."""
     found = {}
     for task in SHOWN:
         path = RESULTS / "benchmarks" / folder / f"{task}.json"
@@ -47,7 +47,7 @@ def difference(record: dict, solver: dict, part: str = "test") -> tuple[float, f
 
 
 def seconds(record: dict, part: str = "test") -> float:
-    """Of the processor, for one image."""
+    """Processor time for one image."""
     runs = record[part]["runs"]
     return sum(run["seconds"] for run in runs) / sum(run["images"] for run in runs)
 
@@ -114,8 +114,8 @@ def stops_early(record: dict) -> bool:
 
 
 def likelihood_rows() -> list[dict]:
-    """One for each task: what (7) and the flow say of the estimate and of the original, whose misfit is the
-    noise's mean."""
+    """One for each task: (7) and the flow's likelihood of the estimate and of the original, whose misfit is
+    the noise's mean."""
     found = []
     for task, record in recorded().items():
         part, weight = record["test"], record["chosen"]["weight"]
@@ -139,7 +139,7 @@ def likelihood_rows() -> list[dict]:
 
 
 def plugged_in_rows(records: list[dict]) -> list[dict]:
-    """The plugged-in flow with λ and μ chosen, as the paper has it, no flow, and no solver at all."""
+    """The plugged-in flow with λ and μ chosen, then as in the paper, no flow, and no solver at all."""
     found = []
     for task, record in recorded("plugged_in", "plugged_in").items():
         here = benchmark(f"plugged_in/{task}").href
@@ -166,7 +166,7 @@ def plugged_in_rows(records: list[dict]) -> list[dict]:
 
 
 def beside_flow(records: list[dict]) -> dict[str, dict]:
-    """{task: how the trained flow solver stands to the estimate}: difference in dB, half_width, images,
+    """{task: the trained flow solver against the estimate}: difference in dB, half_width, images,
     how many times as fast it is, and the estimate's mean PSNR."""
     found = {}
     for task, record in recorded().items():
@@ -180,8 +180,8 @@ def beside_flow(records: list[dict]) -> dict[str, dict]:
 
 
 def summary(records: list[dict]) -> dict:
-    """What the template map tells: beside_flow, the tasks in which more steps lower the objective and lose
-    PSNR, and where the worst start costs more than 1 dB."""
+    """The content of the template map: beside_flow, the tasks in which more steps lower the objective and
+    lose PSNR, and where the worst start costs more than 1 dB."""
     found, bad_starts = recorded(), []
     for task, record in found.items():
         reached = {start: row["psnr"] for start, row in record["starts"].items()}

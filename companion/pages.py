@@ -34,8 +34,8 @@ SHOWN_TASKS = (
 
 @dataclass(frozen=True)
 class Page:
-    """notebook: its name; parameters: its own; runs: those that it trains where they are missing; about: what
-    its heading adds, where one notebook makes several pages."""
+    """notebook: its name; parameters: its own; runs: those that it trains if missing; about: an addition to
+    its heading, where one notebook makes several pages."""
 
     notebook: str
     parameters: dict = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Page:
 
 
 def pages(experiment: Experiment) -> dict[str, Page]:
-    """All pages of a book, by name. Those without runs show what others made."""
+    """All pages of a book, by name. Those without runs show other pages' runs."""
     found = {name: Page(name) for name in PLAIN}
     found["pretrain_flow"] = Page("pretrain_flow", {}, (experiment.flow(),), "clean images")
     noisy = (experiment.flow(noisy=True),)

@@ -1,5 +1,5 @@
-"""The parameters of a notebook that papermill executes, and the images that they name. A mistake is told at
-once: nothing here needs PyTorch, which takes half a minute to import on a slow machine."""
+"""The parameters of a notebook that papermill executes, and the images that they name. A mistake is reported
+at once: nothing here needs PyTorch, which takes half a minute to import on a slow machine."""
 
 import ast
 import contextlib
@@ -45,7 +45,7 @@ MAY_BE_NONE = {*OVERRIDES, "images", "shift", "last_fold_only"}
 
 
 def notebook_parameters():
-    """What an Experiment takes of the parameters of the notebook that runs here. All are checked, known
+    """The notebook's parameters that an Experiment takes. All are checked, known
     images that are missing are prepared, and papermill's terminal shows progress from here on.
 
     ValueError for a parameter that the notebook does not have (papermill only warns of it, and a typo would
@@ -77,8 +77,8 @@ def choose(table, key, what):
 
 
 def check(given):
-    """ValueError for the first of these parameters that is of another kind than it should be: it would only
-    fail once something was trained, or be taken for another."""
+    """ValueError for the first of these parameters of a wrong type: it would only fail after a training, or
+    be taken for another."""
     if "profile" in given:
         choose(dict.fromkeys(PROFILES), given["profile"], "profile")
     tasks = choose(TASKS, given.get("edition", "v2"), "edition")
@@ -106,8 +106,8 @@ def packed(build, name):
 
 
 def _show_in_terminal():
-    """papermill hands on nothing of what a kernel writes before its cell ends. Messages and bars of progress,
-    as text, go to its terminal at once, too."""
+    """papermill shows a kernel's output only when its cell ends. Messages and progress bars, as text, also go
+    to its terminal at once."""
     stream, in_jupyterlab = sys.stderr, "JPY_SESSION_NAME" in os.environ
     if hasattr(stream, "echo") and stream.echo is None and not in_jupyterlab:
         import tqdm.auto

@@ -8,7 +8,7 @@ OWN = "benchmarks binder book companion data flowlib notebooks profiles results 
 
 
 def build_folder(build: str | Path = "build") -> Path:
-    """The folder of a build; a relative one is meant from the project's root. ValueError for a file, and for
+    """The folder of a build; a relative one starts at the project's root. ValueError for a file, and for
     a folder that holds the project or is a part of it."""
     folder = ROOT / build
     real = folder.resolve()

@@ -1,6 +1,6 @@
 """Copies an executed notebook for the book: the parameters that papermill put into it will not be on its
-page, its heading says which of the notebook's pages it is, captions stay with pictures, and who downloads it
-alone is told what it needs:
+page, its heading says which of the notebook's pages it is, captions stay with pictures, and a copy downloaded
+by itself says what it needs:
 python -m companion.postprocess executed.ipynb page.ipynb about"""
 
 import copy

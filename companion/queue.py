@@ -1,11 +1,11 @@
-"""The trainings that the book's recorded numbers come from, in the order in which they are worth most.
+"""The trainings behind the book's recorded numbers, the most valuable first.
 
-One command, which goes on where it stopped; several may work side by side, for a lock that the kernel frees
+One command, which resumes where it stopped. Several may work side by side: a lock, which the kernel frees,
 tells them what is being trained. On a small machine, one thread and one core each:
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m companion.queue --dataset celeba
 
-Each finished run is published to results/ at once; what is recorded there is not trained again.
+Each finished run is published to results/ at once; runs recorded there are not trained again.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def is_recorded(experiment: Experiment, run: Run) -> bool:
 
 
 def work(experiment: Experiment, run: Run):
-    """Makes and publishes one run, in a process of its own, unless somebody else is at it."""
+    """Makes and publishes one run, in a process of its own, unless another process makes it."""
     place = experiment.directory(run)
     try:
         with locked(place / "queue.lock"), open(place / "output.log", "ab") as log:

@@ -1,4 +1,4 @@
-"""Result records: one JSON file a run, written by an evaluation. No number reaches the book otherwise."""
+"""Result records: one JSON file a run, written by an evaluation. All numbers in the book come from them."""
 
 import json
 import math
@@ -50,8 +50,8 @@ def mean_and_interval(values, level: float = 0.95) -> tuple[float, float]:
 
 
 def statistics(values, digits: int = 4) -> dict:
-    """JSON-able mean, half width of its 95 % interval, and the values of all images; what is not finite is
-    None, and counted."""
+    """JSON-able mean, half width of its 95 % interval, and the values of all images; values that are not
+    finite are None, and counted."""
     finite = [v for v in values if math.isfinite(v)]
     mean, half_width = mean_and_interval(finite) if len(finite) > 1 else (finite[0] if finite else None, None)
     result = dict(mean=mean, half_width=half_width)
@@ -60,7 +60,7 @@ def statistics(values, digits: int = 4) -> dict:
 
 
 def data_of(experiment) -> dict:
-    """What a record says of the images that it is about."""
+    """A record's description of its images."""
     manifest = experiment.images().manifest
     return {k: manifest[k] for k in ("name", "source", "crop", "pixels_sha256")} | {
         "split": experiment.split_sizes
@@ -110,8 +110,8 @@ def bits_per_dim(glow, images, seed):
 
 @torch.no_grad()
 def _evaluate_flow(experiment, run, glow):
-    """Bits per dimension of the test images, the flow's round trip, and what shrinking the latents by 1 + λ
-    does to images, clean and not: their root-mean-square change."""
+    """Bits per dimension of the test images, the flow's round trip, and the root-mean-square change of
+    images, clean and not, when their latents are shrunk by 1 + λ."""
     images = experiment.split("test")
     some = dequantize(images[:50], generator_for(run.seed, "test")).to(device())
     noise = torch.randn(some.shape, generator=generator_for(run.seed, "round trip")).to(some)
@@ -160,7 +160,7 @@ def reconstruct(solver, operator, y):
     return torch.cat(x_hat), seconds
 
 
-@torch.enable_grad()  # without it the CPU's convolutions are fused ones, which PyTorch does not count
+@torch.enable_grad()  # else the CPU's convolutions are fused ones, which PyTorch does not count
 def _gflop(solver, operator, y):
     """Floating-point operations of one reconstruction, in units of 10^9; a multiplication and an addition
     are two."""
@@ -175,7 +175,7 @@ def _quality(x_hat, x):
 
 @torch.no_grad()
 def psnr_without_fold(solver, k: int, operator, y, x) -> float:
-    """Mean PSNR where the prox of fold k does nothing, λ = 0: what its flow is worth to the solver."""
+    """Mean PSNR where the prox of fold k does nothing, λ = 0: the worth of its flow to the solver."""
     learnt = solver.shrinkage[k].clone()
     solver.shrinkage[k] = 0
     try:
@@ -186,8 +186,8 @@ def psnr_without_fold(solver, k: int, operator, y, x) -> float:
 
 @torch.no_grad()
 def describe_folds(solver, operator, y, x) -> list[dict]:
-    """For every fold: μ, λ, and means over the images of what it did; of flows, on the first 100 images, what
-    the result loses without its prox."""
+    """For every fold: μ, λ, and means over the images of its effects; for flows, on the first 100 images,
+    also the loss of the result without its prox."""
     few = operator, y[:100], x[:100]
     whole = psnr(reconstruct(solver, *few[:2])[0], few[2]).mean().item()
     folds = [solver(batch, operator, return_folds=True)[1] for batch in batches(y.to(device()))]
@@ -212,8 +212,8 @@ def describe_folds(solver, operator, y, x) -> list[dict]:
 
 
 def _evaluate_solver(experiment, run, solver):
-    """PSNR and SSIM of each test image, what the folds did, and, without training again, the same for
-    measurements and, where they are prepared, for images out of distribution."""
+    """PSNR and SSIM of each test image, the effects of the folds, and the same, without training again, for
+    measurements and, if prepared, for images out of distribution."""
     x, task = to_tensor(experiment.split("test")), TASKS[run.task]
     y, operator = measured(run.task, x, run.seed)
     x_hat, seconds = reconstruct(solver, operator, y)
@@ -245,9 +245,9 @@ def psnr_on_test(experiment, run, solver):
 
 
 def verify(build="build"):
-    """Evaluates every model that is kept with the code and whose images are there again, and compares with
-    its record. Rows: name, what was recorded, what is found, and whether they agree to 0.02 dB (0.002
-    bits/dim for a flow)."""
+    """Evaluates again every model that is kept with the code, if its images are there, and compares the
+    result with its record. Rows: name, the recorded and the new result, and whether they agree to 0.02 dB
+    (0.002 bits/dim for a flow)."""
     from companion.experiment import Experiment
     from companion.runs import kept_experiments, kept_model
     from data import prepare_named

@@ -1,6 +1,6 @@
 """All results as two tidy tables: `runs` has one row a record, `measurements` one row an image of an
-evaluation. Which runs are compared, and how each of the paper's claims came out, is decided here, once for
-all pages and files."""
+evaluation. It decides, once for all pages and files, which runs are compared and how each of the paper's
+claims came out."""
 
 import functools
 from collections import namedtuple
@@ -43,7 +43,7 @@ def claims_of(table: str, edition: str) -> pd.DataFrame:
 
 def evaluation_of(table: str, edition: str, task: str) -> str:
     """The evaluation that one of the paper's tables is about. Inpainting of measurements out of distribution
-    is as the paper words it: only the last fold is told of the other hole (book/choices.md)."""
+    is as the paper words it: only the last fold knows of the other hole (book/choices.md)."""
     evaluation = claims_of(table, edition).evaluation.iloc[0]
     return evaluation + "_last_fold" * ((evaluation, task) == ("ood_measurements", "inpainting"))
 
@@ -63,21 +63,21 @@ def page_of(table: str, edition: str, task: str) -> str:
 
 
 def machine(record: dict, what: str = "trained") -> str:
-    """What a run was "trained", or "evaluated", on, in short."""
+    """The machine on which a run was "trained" or "evaluated", in short."""
     hardware = record[what]["hardware"]
     return CPU if "thread" in hardware else hardware.removeprefix("NVIDIA ").split(" 80GB")[0]
 
 
 def minutes(record: dict, row: dict | None = None) -> float:
-    """Of a training, or until a row of its history: of the processor, which others on the machine do not
-    lengthen, where they were counted; on a GPU by the clock."""
+    """Minutes of a training, or until a row of its history: processor time if counted, as other work on the
+    machine does not lengthen it; clock time on a GPU."""
     row = record["training"] if row is None else row
     return (machine(record) == CPU and row.get("cpu_seconds") or row["seconds"]) / 60
 
 
 class Restart(NamedTuple):
-    """A training that went back to its best weights. needless: its training loss was as before, so what had
-    exploded in validation were BatchNorm's averages (book/choices.md)."""
+    """A training that went back to its best weights. needless: its training loss was as before, so only
+    BatchNorm's averages had exploded in validation (book/choices.md)."""
 
     step: int
     needless: bool
@@ -101,7 +101,7 @@ def _history(record):
 
 
 class Score(NamedTuple):
-    """Of one evaluation, over the images whose PSNR is finite: its mean, half the width of its 95 % interval
+    """One evaluation, over the images whose PSNR is finite: its mean, half the width of its 95 % interval
     (Student's t), the worst PSNR, the mean SSIM, and the numbers of finite PSNRs and of all images."""
 
     mean: float
@@ -132,7 +132,7 @@ def _scores(measurements, by):
 
 def load(found: Iterable[dict] | None = None, of_build: bool = False) -> "Results":
     """The results in these records, by default those that are kept with the code; of_build: they are this
-    build's own, to which links then lead."""
+    build's own, and links lead to them."""
     found = records.recorded() if found is None else list(found)
     parts = [part for record in found for part in _measurements(record)]
     measurements = pd.concat(parts) if parts else pd.DataFrame(columns=[*SETTING, "seed", *COLUMNS])
@@ -162,7 +162,7 @@ def _measurements(record):
             yield pd.DataFrame(about | {"evaluation": evaluation, "image": image, "ssim": np.nan} | values)
 
 
-# The columns of `runs` that a record has as they are, and where.
+# The columns of `runs` that are copied from a record, and from where.
 IN_RECORD = dict(kind="kind", task="task", method="method", seed="experiment.seed", start="settings.start")
 IN_RECORD |= dict(settings_hash="settings_hash", lr="settings.training.lr", pixels="data.pixels_sha256")
 IN_RECORD |= dict(train_images="data.split.train", images_seen="training.images_seen", steps="training.steps")
@@ -173,18 +173,18 @@ DERIVED = ["minutes", "machine", "evaluated_on", "made", "restarts", "history", 
 
 
 class Run(namedtuple("Run", [*SETTING, *IN_RECORD, *DERIVED])):
-    """A row of `runs`; what a run does not have is None. start: the settings_hash of the run that it started
+    """A row of `runs`; missing values are None. start: the settings_hash of the run that it started
     from; parameter: of a classical method; made: commit, hardware and date; history: a frame; restarts: of
-    Restart; scores: {evaluation: Score}; seeds: the rows of all seeds, in `settings` alone."""
+    Restart; scores: {evaluation: Score}; seeds: the rows of all seeds, only in `settings`."""
 
     @property
     def psnr(self) -> float:
-        """On test images; not a number where it was not evaluated."""
+        """On test images; NaN if it was not evaluated."""
         return self.scores["test"].mean if "test" in self.scores else np.nan
 
     @property
     def overfitting(self) -> float:
-        """How many times as large as on its last training batches the error in validation is."""
+        """The ratio of the best validation error to the error on its last training batches."""
         return self.best_val_loss / self.history.loss[-3:].mean()
 
     @property
@@ -235,8 +235,8 @@ def frame(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 class Verdict(StrEnum):
-    """Where an interval does not hold zero, its sign is told; of the paper's sign also whether the paper's
-    difference lies within."""
+    """The sign is decided if the interval excludes zero. With the paper's sign it is also checked whether the
+    interval holds the paper's difference."""
 
     SIZE = "size replicated"
     SAME_SIGN = "same sign"
@@ -266,9 +266,9 @@ class Comparison:
     """Two methods of one task in one of the paper's tables: the paper's difference in dB (None where it has
     none), how ours came out and, if no claim is made, the reason; the mean of our paired differences over
     images, half the width of its 95 % interval and the p-value of no difference, alone and by Holm's
-    correction for all claims; the two runs, and whose spread of seeds the interval has for each: "own",
-    "pooled" over the methods of the task, either of them "of v2 cpu" and the like, or "" where it is about
-    images alone."""
+    correction for all claims; the two runs, and the source of the interval's spread of seeds for each: "own",
+    "pooled" over the methods of the task, either of them "of v2 cpu" and the like, or "" where it is only
+    about images."""
 
     table: str
     edition: str
@@ -322,12 +322,12 @@ class Comparison:
 
     @property
     def mark(self) -> str:
-        """¹ where the interval is about images alone, ² where the spread of seeds is that of other runs."""
+        """¹ where the interval is only about images, ² where the spread of seeds is that of other runs."""
         return "²" if " of " in self.spread[0] else "" if any(self.spread) else "¹"
 
     @property
     def all_told(self) -> float | None:
-        """The difference in the other reading of a smaller hole, in which all folds are told of it."""
+        """The difference in the other reading of a smaller hole, in which all folds know of it."""
         if not self.pair or not self.evaluation.endswith("_last_fold"):
             return None
         first, second = (r.scores["ood_measurements"].mean for r in self.pair)
@@ -363,7 +363,7 @@ class Results:
 
     @property
     def settings(self) -> pd.DataFrame:
-        """Rows as in runs, seeds merged: that of the lowest seed that did not diverge, with the scores of
+        """Rows as in runs, seeds merged: the row of the lowest seed that did not diverge, with the scores of
         means over seeds, and all its seeds."""
         return frame(self._merged)
 
@@ -377,7 +377,7 @@ class Results:
 
     def groups(self, edition: str, task: str) -> list[list[Run]]:
         """The settings of one task, by profile and data set, which must not be mixed. First is the group to
-        compare: of those that no other one supersedes, that whose least trained main method was trained for
+        compare: among those that no other supersedes, the one whose least trained main method was trained
         longest."""
         return self._groups.get((edition, task), [])
 
@@ -396,11 +396,11 @@ class Results:
         )
 
     def best_classical(self, edition: str, task: str) -> Run | None:
-        """The measurement itself apart."""
+        """The best classical method, the measurement itself excluded."""
         return next((r for r in self.classical(edition, task) if not r.name.endswith("-measurement")), None)
 
     def best_learned(self, edition: str, task: str) -> Run | None:
-        """Of all profiles."""
+        """The best learned solver of all profiles."""
         found = [r for group in self.groups(edition, task) for r in group if r.kind == "solver"]
         return max(found, key=lambda r: r.scores["test"].mean, default=None)
 
@@ -420,8 +420,8 @@ class Results:
     def doubt(self, run: Run) -> str:
         """Why no claim is made against a solver; "" where nothing is known against its training.
 
-        A flow that is only plugged in is meant to be as bad as it is, and a classical method that is above
-        all of the paper's solvers too (deblurring without noise) says nothing of a training."""
+        A flow that is only plugged in is expected to be bad, and a classical method above all of the paper's
+        solvers, too (deblurring without noise), says nothing about a training."""
         if any(r.kind == "failed" for r in run.seeds):
             return "diverged"
         if run.frozen:
@@ -447,9 +447,9 @@ class Results:
         among: list[Run] | None = None,
     ) -> Comparison:
         """How far method `first` is above `second`: among these settings, by default those compared or, where
-        they lack one of the two, those of the first profile that has both. Of a method with several seeds an
-        image's PSNR is its mean over them, and their spread widens the interval; where no method of the task
-        has several, that of v2's runs of the same kind of task does."""
+        they lack one of the two, those of the first profile that has both. With several seeds an
+        image's PSNR is its mean over them, and their spread widens the interval; if no method of the task has
+        several, the spread of v2's runs of the same kind of task does."""
         paper, evaluation = paper_table(table, edition), evaluation_of(table, edition, task)
         printed = {(task, first), (task, second)} <= set(paper)
         in_paper = paper[task, first] - paper[task, second] if printed else None
@@ -494,7 +494,7 @@ class Results:
 
 
 def _compared_first(groups):
-    """Groups of settings, {(profile, dataset): [Run]}, that to compare first."""
+    """Groups of settings, {(profile, dataset): [Run]}, the one to compare first."""
 
     def rank(key):
         seen = {r.method: r.images_seen for r in groups[key]}
@@ -502,7 +502,7 @@ def _compared_first(groups):
         return min(seen.get("unet", 0), seen.get("resnet", 0), flow), max(seen.values())
 
     def superseded(key):
-        """Whether a profile of better trained runs has all that is compared."""
+        """Whether a profile of better trained runs has all compared methods."""
         better = [groups.get((name, key[1]), ()) for name, p in PROFILES.items() if p.supersedes == key[0]]
         return any({"glow", "unet", "resnet"} <= {r.method for r in group} for group in better)
 

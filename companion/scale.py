@@ -3,7 +3,7 @@
 from companion.experiment import Experiment
 from companion.settings import METHODS, PROFILES, Run
 
-# Which trainings a table of the paper asks for; the others test solvers that are trained already.
+# The trainings that a table of the paper needs; other tables test solvers that are trained already.
 TABLES = {
     ("v2", "I"): ("resnet", "resnet-denoiser", "unet", "unet-denoiser", "glow"),
     ("v2", "II"): ("glow-frozen",),
@@ -34,8 +34,8 @@ def images(run: Run) -> int:
 
 
 def hours(run: Run, rates: dict[str, dict]) -> float:
-    """Of one card, for one training, evaluations not counted. KeyError where its network was never trained
-    at the paper's size on a card."""
+    """Hours of one card for one training, without evaluations. KeyError if its network was never trained at
+    the paper's size on a card."""
     return images(run) * (run.num_folds or 1) / rates[run.network]["rate"] / 3600
 
 
@@ -48,7 +48,7 @@ def trainings(edition: str, table: str, dataset: str = "celeba") -> list[Run]:
 
 
 def starts(runs: list[Run]) -> list[Run]:
-    """What these start from, each once: a flow serves all solvers."""
+    """The runs that these start from, each once: a flow serves all solvers."""
     found = {}
     for run in runs:
         start = run.start
@@ -59,7 +59,7 @@ def starts(runs: list[Run]) -> list[Run]:
 
 
 def finished_after(hours_of_runs: list[float], num_cards: int) -> float:
-    """Hours until the last of these is done, where a card that is free takes the longest run that is left."""
+    """Hours until the last of these is done, if a free card takes the longest run left."""
     cards = [0.0] * num_cards
     for duration in sorted(hours_of_runs, reverse=True):
         cards[cards.index(min(cards))] += duration

@@ -12,8 +12,8 @@ def interval(std, number, level: float = 0.95):
 
 
 def over_images_and_seeds(first, second, terms) -> tuple[float, float, float]:
-    """Mean of the paired differences, half its 95 % interval and its p-value: those of Welch and
-    Satterthwaite, for the variance over images and those of terms, see spread_of_seeds."""
+    """Mean of the paired differences, half its 95 % interval and its p-value, by Welch and Satterthwaite: for
+    the variance over images and the variances in terms, see spread_of_seeds."""
     away = np.subtract(first, second)
     terms = [(np.var(away, ddof=1) / len(away), len(away) - 1), *terms]
     variance = sum(value for value, _ in terms)
@@ -35,8 +35,8 @@ def holm(values: Sequence[float]) -> np.ndarray:
 
 def spread_of_seeds(settings, evaluation: str, counts: dict, where: str = ""):
     """The variances over seeds, each with its degrees of freedom, of a difference of two methods, counts:
-    {method: number of seeds}, and whose they are (see Comparison): a method's own where three seeds or more
-    tell it, else one that is pooled over the solvers of a task. None where no solver has several."""
+    {method: number of seeds}, and their source (see Comparison): a method's own if it has three seeds or
+    more, else one that is pooled over the solvers of a task. None where no solver has several."""
     groups = {}
     for setting in settings:
         means = [r.scores[evaluation].mean for r in setting.seeds if evaluation in r.scores]

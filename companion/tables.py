@@ -82,7 +82,7 @@ def as_text(table: list[dict], links: bool = False) -> list[dict]:
 
 
 def setting(task: str, evaluation: str = "test") -> str:
-    """What the paper calls the setting of a task, for one of the evaluations."""
+    """The paper's words for the setting of a task in one of the evaluations."""
     return TASKS[task].ood_setting if evaluation.startswith("ood_measurements") else TASKS[task].setting
 
 
@@ -105,7 +105,7 @@ def with_seeds(run: Run, evaluation: str = "test") -> str:
 
 
 def remark(results: Results, run: Run) -> str:
-    """What is to be known of a solver's training beside its result; "" for nothing."""
+    """A remark on a solver's training, to stand beside its result; "" for none."""
     return say("remark", doubt=results.doubt(run), run=run)
 
 
@@ -113,7 +113,7 @@ OURS = ("Seeds", "Worst image", "Below y", "SSIM", "Images seen", "Remark")
 
 
 def _ours(results, run, evaluation):
-    """What a row says of a run, and of one that is missing."""
+    """The cells of a row for a run, or for a missing one."""
     cells = {"Ours, dB": "not run"} | dict.fromkeys(OURS)
     if run is None:
         return cells
@@ -131,8 +131,8 @@ def _ours(results, run, evaluation):
 
 
 def _beside(results, name, edition, task, method):
-    """One of the paper's numbers beside ours. A run that the profile compared does not have is looked for in
-    others."""
+    """One of the paper's numbers beside ours. A run that the compared profile lacks is looked for in other
+    profiles."""
     printed, evaluation = paper_table(name, edition).get((task, method)), evaluation_of(name, edition, task)
     run, usual = results.find(edition, task, method, evaluation)
     cells = {"Paper, dB": printed} | _ours(results, run if usual else None, evaluation)
@@ -244,8 +244,8 @@ def verdicts(results: Results, table: str, edition: str, task: str) -> str:
 
 
 def beside_paper(task, methods, paper, recorded, here, evaluation="test") -> list[dict]:
-    """Rows, one a method: the paper's number, that of the recorded run, which leads to its record, and that
-    of the one just made."""
+    """Rows, one a method: the paper's number, the recorded run's, which links to its record, and that of the
+    run just made."""
 
     def ours(run):
         if run is None or run.kind == "failed":
@@ -272,7 +272,7 @@ def beside_paper(task, methods, paper, recorded, here, evaluation="test") -> lis
 
 
 def every_run(results: Results, edition: str, task: str) -> list[dict]:
-    """Rows, one a recorded run of a task, whatever its budget: what it had, and what came out."""
+    """Rows, one a recorded run of a task, of any budget: its budget and its result."""
     found = results.runs.query("kind == 'solver' and task == @task and edition == @edition")
     return [
         {
@@ -291,7 +291,7 @@ def every_run(results: Results, edition: str, task: str) -> list[dict]:
 
 
 def costs(results: Results, edition: str, task: str) -> list[dict]:
-    """Rows of one task: what each learned method that is compared costs, beside what it gives."""
+    """Rows of one task: the cost of each compared learned method, beside its result."""
     return [
         {
             "Method": METHODS[r.method].label,
@@ -309,7 +309,7 @@ def costs(results: Results, edition: str, task: str) -> list[dict]:
 
 def beside_classical(results: Results, edition: str, task: str) -> list[dict]:
     """Rows of one task: the paper's best, our best learned solver of all profiles, and the classical methods;
-    a number leads to its record."""
+    a number links to its record."""
     paper = {method: value for (of, method), value in paper_table("I", edition).items() if of == task}
     best, learned = max(paper, key=paper.get), results.best_learned(edition, task)
 
@@ -331,7 +331,7 @@ def beside_classical(results: Results, edition: str, task: str) -> list[dict]:
 
 
 def fold_rows(runs: list[Run]) -> list[dict]:
-    """Rows, one a fold of each flow solver: what it learnt and did, means over the test images."""
+    """Rows, one a fold of each flow solver: its scalars and effects, means over the test images."""
     found = []
     for r in runs:
         for k, fold in enumerate(r.folds, start=1):
@@ -356,8 +356,8 @@ def fold_rows(runs: list[Run]) -> list[dict]:
 
 
 def provenance_rows(here: Results, recorded: Results) -> list[dict]:
-    """One row a run of this build, then one a recorded one: what made it, on what, when and in what time.
-    Classical methods have no training; their records may be those that are recorded."""
+    """One row a run of this build, then one a recorded one: its code, machine, date and time. Classical
+    methods have no training; their records may be recorded ones."""
     taken_over = [(r.name, r.made) for r in rows(here.runs) if r.kind == "classical"]
     found = rows(here.runs) + [r for r in rows(recorded.runs) if (r.name, r.made) not in taken_over]
     return [
@@ -380,7 +380,7 @@ def provenance_rows(here: Results, recorded: Results) -> list[dict]:
 
 
 def learning_rates() -> list[dict]:
-    """Rows: what short trainings at several learning rates reached, of benchmarks/learning_rates.py."""
+    """Rows: results of short trainings at several learning rates, from benchmarks/learning_rates.py."""
     content = json.loads((RESULTS / "benchmarks/learning_rates.json").read_text(encoding="utf-8"))
     return [
         {

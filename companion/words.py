@@ -62,7 +62,7 @@ def _separator(loop):
 
 
 def _seeds_of_methods(claims):
-    """A run of each method that these claims compare, and whose spread of seeds its interval has."""
+    """A run of each method in these claims, and the source of its spread of seeds."""
     return {r.method: (r, whose) for c in claims for r, whose in zip(c.pair, c.spread)}.values()
 
 

@@ -125,7 +125,7 @@ def _look_alikes(images_path):
     quarters = [i[: 2 * half, : 2 * half].reshape(2, half, 2, half, 3).mean((1, 3)).ravel() for i in images]
     tree = cKDTree(np.array(quarters) / contrast[:, None])
     pairs = set()
-    for row, nearest in enumerate(tree.query(tree.data, k=2)[1]):  # of itself and the nearest other
+    for row, nearest in enumerate(tree.query(tree.data, k=2)[1]):  # itself and the nearest other
         other = nearest[nearest != row][0]
         if other < len(images):  # else there is one image only
             difference = images[row].astype(np.float32) - images[other]
@@ -251,7 +251,7 @@ def load(out):
 
 
 def _command(out):
-    """The one that prepares out, the folder of a packed set, which in a build is data/NAME."""
+    """The command that prepares out, the folder of a packed set, which in a build is data/NAME."""
     if out.parent.name != "data":
         return f"data.prepare(PATH_TO_YOUR_IMAGES, {str(out)!r})"
     name = shlex.quote(out.name)
@@ -313,7 +313,7 @@ def _files(folder):
 
 
 def _image_names(names, source):
-    """Those that are images, sorted; what is left out is named, with a count."""
+    """The image names among these, sorted; files left out are named, with a count."""
     shown = [
         p
         for p in map(PurePosixPath, names)
@@ -370,7 +370,7 @@ def _read_member(archive, member, source):
 def decode(data, where, crop="square", size=64):
     """Bytes of one image file -> uint8 (size, size, 3) in sRGB; transparent pixels are laid over white. crop:
     the middle "square", "celeba" as there, or (x, y, zoom): a square zoom times smaller than the largest, x
-    and y from 0 (left, top) to 1. ValueError, naming `where` it came from, for what is no image."""
+    and y from 0 (left, top) to 1. ValueError, naming `where` it came from, if it is no image."""
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             file = Image.open(io.BytesIO(data))

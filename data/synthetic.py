@@ -9,7 +9,7 @@ import numpy as np
 NUM_RANDOM = 160  # uniforms per face, handed out in order by _Painter.between
 CHUNK = 8  # faces drawn at a time: their arrays stay in the cache
 
-# What makes a style: ranges, probabilities, palettes. "ood", drawn like anime, has much bigger eyes, a much
+# A style: ranges, probabilities, palettes. "ood", drawn like anime, has much bigger eyes, a much
 # smaller nose, a pointed chin, vivid hair and flat shading.
 # fmt: off
 STYLES = {
@@ -43,7 +43,7 @@ WHITE, BLACK = np.full((3, 1, 1, 1), 1.0, np.float32), np.full((3, 1, 1, 1), 0.0
 def draw_faces(indices, style="natural", seed=0, size=64):
     """Draw the faces with these indices: uint8 (N, size, size, 3).
 
-    A face depends on (seed, style, index, size) alone, whatever else is drawn with it.
+    A face depends only on (seed, style, index, size), not on the other faces drawn with it.
     Raises ValueError for an unknown style ("natural" and "ood" exist).
     """
     if style not in STYLES:

@@ -166,8 +166,8 @@ def _build(fold, imports):
 
 def load_checkpoint(path: str | Path, imports: Collection[str] = ()) -> Glow | UnfoldedPGD:
     """The Glow or UnfoldedPGD that save_checkpoint wrote, in evaluation mode, float32 or float64 as saved.
-    imports: modules that may be imported for a prox class of one's own; without, it must have been. Raises
-    FileNotFoundError; ValueError for a class that is not there and for a foreign, truncated or inconsistent
+    imports: modules to import for a prox class of your own, unless imported already. Raises
+    FileNotFoundError; ValueError for a missing class and for a foreign, truncated or inconsistent
     file, naming the first key that does not fit."""
     tensors, header = load_tensors(path)
     if header.get("kind") not in ("Glow", "UnfoldedPGD"):
@@ -201,8 +201,8 @@ def _model(header, tensors, imports=()):
 
 
 def build_to_fit(build: Callable[[], nn.Module], tensors: dict[str, Tensor], path: str | Path) -> nn.Module:
-    """build() with these weights, in evaluation mode, in float64 where they are. ValueError, before memory is
-    taken for what a file only claims, where it cannot be built or they do not fit."""
+    """build() with these weights, in evaluation mode, in float64 where they are. ValueError if it cannot
+    be built or they do not fit, before memory is taken for what a file only claims."""
     draft = _draft(build, tensors, path)
     double = any(tensors[key].dtype == torch.float64 for key, _ in draft.named_parameters())
     model = build().double() if double else build().float()  # whatever PyTorch's default is
@@ -236,7 +236,7 @@ class _Bounded(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # Without memory there are no first values, and to know that PyTorch imports its compiler (2 s).
+        # No memory, no first values; PyTorch would import its compiler (2 s) to find that out.
         made = kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs)
         is_new = isinstance(made, Tensor) and not any(isinstance(value, Tensor) for value in args)
         self.left -= 200 + (made.numel() if is_new else 0)

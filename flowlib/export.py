@@ -1,7 +1,7 @@
 """Export of a flow solver to ONNX, to run it without PyTorch: in a browser, in another program. The graph is
 written node by node, because tracing so many small layers takes minutes, and as loops over folds and steps,
 because a runtime prepares a node more slowly than it runs it. `torch.onnx.export(..., dynamo=False)` exports
-other solvers, and a flow alone."""
+other solvers, and flows."""
 
 import copy
 import functools

@@ -12,7 +12,7 @@ class Muon(torch.optim.AdamW):
     matrix nearest to their momentum.
 
     A step is 0.2 sqrt(max(out, in x taps)) times the rate long, which makes its entries about as large as
-    Adam's (Liu et al. 2025), so that both share one rate. torch.optim.Muon takes matrices alone, and computes
+    Adam's (Liu et al. 2025), so that both share one rate. torch.optim.Muon takes only matrices, and computes
     in bfloat16, which is slow on most processors."""
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ def average(tensors: list[Tensor]) -> None:
 
 
 def copy_from_first(tensors: list[Tensor]) -> None:
-    """Makes each tensor that of rank 0, in place."""
+    """Sets each tensor to rank 0's, in place."""
     for t in tensors:
         dist.broadcast(t.detach(), 0)
 

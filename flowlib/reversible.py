@@ -85,16 +85,16 @@ def _again(run, step, parameters, *inputs):
 
 
 def _check_same(parameters, steps, memory):
-    """RuntimeError where the steps have other parameters than when they ran, which is what functional_call
-    leaves: gradients would be of the wrong weights."""
+    """RuntimeError where the steps have other parameters than when they ran, as after functional_call:
+    gradients would be of the wrong weights."""
     present = [p for step in steps for p in step.parameters()]
     if any(then is not now for then, now in zip(parameters, present)):
         raise RuntimeError(f"{memory!r} knows no functional_call: use set_memory(model, 'plain')")
 
 
 def _back_through_affine(step, fused, inverse, output, grad, grad_log_det, gradients):
-    """The input of the step's affine map, or its inverse, and its gradient; those of the parameters go into
-    gradients."""
+    """The input of the step's affine map, or its inverse, and its gradient; gradients of the parameters go
+    into `gradients`."""
     maps = fused.affine, fused.inverse_affine
     (weight, bias), undo = reversed(maps) if inverse else maps
     x = conv1x1(output, *(v.detach() for v in undo))
@@ -105,7 +105,7 @@ def _back_through_affine(step, fused, inverse, output, grad, grad_log_det, gradi
 
 
 def _back_through_coupling(step, fused, inverse, output, grad, grad_log_det, gradients):
-    """The same of the step's coupling."""
+    """The same for the step's coupling."""
     (a, b), (grad_a, grad_b) = output.chunk(2, dim=1), grad.chunk(2, dim=1)
     with torch.enable_grad():
         b = b.detach().requires_grad_()
@@ -122,7 +122,7 @@ def _back_through_coupling(step, fused, inverse, output, grad, grad_log_det, gra
 
 
 def _add_gradients(gradients, module, outputs, grads, x=None):
-    """Adds to gradients those of the module's trained parameters; returns that of x. Outputs without a graph
+    """Adds the module's trained parameters' gradients to `gradients`; returns x's. Outputs without a graph
     depend only on frozen parameters."""
     inputs = [p for p in module.parameters() if p.requires_grad] + ([] if x is None else [x])
     wanted = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]

@@ -16,8 +16,8 @@ class UnfoldedPGD(nn.Module):
     proxes: one a fold (see Prox). x0: the initial guess (1, C, H, W), the paper's g(0). step_size (μ),
     shrinkage (λ): start values of the trainable scalars, one number or one a fold; λ only where a prox uses
     it. μ should start near 1 / ‖A‖², `1 / operator.norm_squared(x0)`; 0.5 suits operators of norm 1. The
-    estimate is x_K; with literal_last_fold it is x̃_K, which is what equation (12) says if taken at its
-    word: the last prox is then without effect and gets no gradient. Raises ValueError without a prox."""
+    estimate is x_K; with literal_last_fold it is x̃_K, equation (12) taken literally: the last
+    prox then has no effect and gets no gradient. Raises ValueError without a prox."""
 
     def __init__(
         self,

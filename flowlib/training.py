@@ -56,7 +56,7 @@ class Training:
     fixed_norms: float = 0.0
     optimizer: str = "adam"
 
-    LEAST = dict(num_steps=1, batch_size=1, validate_every=1, clip_norm=1e-12)  # of all others: 0
+    LEAST = dict(num_steps=1, batch_size=1, validate_every=1, clip_norm=1e-12)  # 0 for all others
 
     def __post_init__(self) -> None:
         for field in (field for field in fields(self) if field.type is not str):
@@ -159,7 +159,7 @@ def fit(
     Raises ValueError for fewer images than a batch, a batch that ranks cannot share evenly, a model in
     DistributedDataParallel, or an unfinished resume file of another run; Diverged after settings.max_restarts
     restarts, with ``explain(*batch)``, the place that broke, as the reason."""
-    from tqdm.auto import tqdm  # here, so that flowlib needs it for training alone
+    from tqdm.auto import tqdm  # here, so that flowlib needs it only for training
 
     if num_images < settings.batch_size:
         raise ValueError(f"{num_images} training images are fewer than one batch of {settings.batch_size}")

@@ -104,7 +104,7 @@ function draw(canvas, x) {
   context.putImageData(data, 0, 0);
 }
 
-// What a drawable shows in a square, as (3, 64, 64) numbers in [-0.5, 0.5]; what is transparent becomes white.
+// The picture of a drawable in a square, as (3, 64, 64) numbers in [-0.5, 0.5]; transparent parts become white.
 function pixels(drawable, left, top, side) {
   let context;
   // Halving until the last step keeps large photos free of aliasing.
@@ -151,8 +151,8 @@ const signed = (value, digits) => (value < 0 ? "" : "+") + number(value, digits)
 // A perfect answer has no error: its PSNR is infinite.
 const decibels = (value) => (Number.isFinite(value) ? `${number(value, 2)} dB` : value === Infinity ? "exact" : "not finite");
 
-// A line plot of PSNR over one slider: hollow mark at the trained value, full one where the sliders are. What is undefined is
-// not yet known. Triangles on the edge stand for what lies beyond it: values far below the best, and those that are not finite.
+// A line plot of PSNR over one slider: hollow mark at the trained value, full one where the sliders are. Undefined values are
+// not yet known. Triangles on the edge stand for values beyond it: those far below the best, and those that are not finite.
 function curve(svg, positions, values, trained, now, label) {
   const good = [...values, now.y].filter(Number.isFinite), high = Math.max(...(good.length ? good : [0])) + 0.5;
   const low = Math.min(Math.max(Math.min(...good, high) - 0.5, high - 16), high - 3);
@@ -248,7 +248,7 @@ class Explorer {
       this.plots, this.foldStrip, this.each, this.about);
   }
 
-  // Files are dropped or pasted anywhere in the place, and Escape closes the dialog whatever the page's scripts make of that key.
+  // Files are dropped or pasted anywhere in the place, and Escape closes the dialog even if the page's scripts use that key.
   bindPlace() {
     const { root, place } = this, listen = (name, act) => place.addEventListener(name, act, true);
     const isMine = ({ target }) => (target.closest?.(".flow-explorer") ?? document.querySelector(".flow-explorer")) === root;
@@ -289,7 +289,7 @@ class Explorer {
     this.restore();
   }
 
-  // The measurement and all scalars as they were trained; what was painted stays.
+  // The measurement and all scalars as they were trained; paint stays.
   restore() {
     const { task, strokes } = this;
     Object.assign(this, { sigma: task.sigma, hole: task.hole, sigmaB: task.sigma_b, seed: this.image });
@@ -300,7 +300,7 @@ class Explorer {
     this.moveAll(1, 0);
   }
 
-  // The square hole, and over it what was painted: 0 where hidden, 1 where restored, nothing elsewhere.
+  // The square hole, and the paint over it: 0 where hidden, 1 where restored, nothing elsewhere.
   makeMask() {
     this.mask = this.task.hole ? squareMask(this.hole).map((v, i) => this.strokes[i] ?? v) : null;
   }
@@ -425,7 +425,7 @@ class Explorer {
     canvas.addEventListener("pointermove", (event) => { if (canvas.hasPointerCapture(event.pointerId)) paint(event); });
   }
 
-  // -- Controls that hang on the task, for the live solver
+  // -- Controls that depend on the task, for the live solver
 
   buildControls() {
     const { task, slider, button, radios } = this, change = (act) => (value) => { act(value); this.changed = true; this.update(); };
@@ -452,7 +452,7 @@ class Explorer {
   }
 
   buildFolds() {
-    const { task, slider } = this, largest = this.config.scales.at(-1) * Math.max(...task.mu); // that of all folds together reaches
+    const { task, slider } = this, largest = this.config.scales.at(-1) * Math.max(...task.mu); // the reach of the slider for all folds
     this.folds = task.mu.map((_, k) => ({ canvas: newCanvas(`Image after fold ${k + 1}`), caption: element("span") }));
     this.foldStrip.replaceChildren(...this.folds.map(({ canvas, caption }, k) =>
       element("div", { class: "panel" }, canvas, element("div", { class: "caption" }, `fold ${k + 1}`, element("br"), caption))));
@@ -483,7 +483,7 @@ class Explorer {
     return this.task.task === "deblurring" ? { blur: [blurMatrix(this.sigmaB, this.task.kernel_size), [SIZE, SIZE]] } : {};
   }
 
-  // Draws what is known at once; the live solver follows, and never more than one run waits.
+  // Draws known results at once; the live solver follows, and never more than one run waits.
   update() {
     if (!this.task || !this.x) return;
     this.generation++;
@@ -533,7 +533,7 @@ class Explorer {
     this.showQuality(this.task.psnr[this.image][row][column] ?? NaN);
   }
 
-  // No answer is known to what is shown: an older one would stand beside another measurement.
+  // No answer is known for this measurement: an older one would belong to another.
   clear() {
     this.value = NaN;
     this.result = null;
@@ -556,7 +556,7 @@ class Explorer {
     curve(this.curves.lambda, shifts, rows.map((line) => line[column]), 0, { x: this.shift, y: value }, "PSNR, dB, over the shift of λ");
   }
 
-  // The answer to what is shown, with what the sliders say; then the plots' points, while nothing moves.
+  // The answer to the shown measurement, with the sliders' values; then the plots' points, while nothing moves.
   async solve() {
     if (this.busy) return;
     this.busy = true;
@@ -613,7 +613,7 @@ class Explorer {
 
   // -- From the grid to the live solver
 
-  // What to do where this page cannot run a solver, and why, if that is known beforehand.
+  // Advice if this page cannot run a solver, with the reason if known beforehand.
   barrier() {
     if (!this.config.ort) return this.config.reason;
     if (location.protocol === "file:") return "serve the book (python -m http.server --directory build/html): a page opened as a file may not load it";
@@ -626,10 +626,10 @@ class Explorer {
     const address = (path) => new URL(path, document.baseURI).href, { ort } = this.config;
     return this.sessions[task.task] ??= (async () => {
       const file = unpacked(address(task.solver));
-      file.catch(() => {}); // is told below
+      file.catch(() => {}); // reported below
       this.ort = await import(address(ort)).catch(() => { throw new Error("reload this page: what runs it could not be loaded"); });
       Object.assign(this.ort.env.wasm, { numThreads: 1, proxy: true, wasmPaths: address(ort).replace(/[^/]*$/, "") });
-      // Its loops are small and as they should be: optimising them takes longer than it saves.
+      // Its loops are small and good: optimising them takes longer than it saves.
       const options = { executionProviders: ["wasm"], graphOptimizationLevel: "disabled" };
       return this.ort.InferenceSession.create(await file, options).catch((error) => {
         throw new Error(`reload this page or open it in another browser: it could not be started (${error.message ?? error})`);
@@ -650,7 +650,7 @@ class Explorer {
     this.update();
   }
 
-  // reason: what to do where the solver cannot run; null while it loads and when it is there.
+  // reason: advice if the solver cannot run; null while it loads and once it is loaded.
   setLive(live, reason) {
     const { root } = this;
     Object.assign(this, { live, reason });
@@ -675,7 +675,7 @@ class Explorer {
   }
 }
 
-// Several may be on one page, each with this module to itself: a number at random tells them apart. place: where files are dropped.
+// A page may have several, each with its own copy of this module: a random number tells them apart. place: where files are dropped.
 function render({ model, el, place = el }) {
   const root = element("div", { class: "flow-explorer", id: `flow-explorer-${Math.random().toString(36).slice(2)}` });
   el.append(root);

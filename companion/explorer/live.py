@@ -180,7 +180,7 @@ class Explorer(widgets.VBox):
                 widgets.FloatSlider(
                     value=value,
                     min=-0.995,
-                    max=max(3, 2 * max(values)),  # as far as all of them together go
+                    max=max(3, 2 * max(values)),  # the range of all of them together
                     step=0.005,
                     description=f"{name} {k}",
                     readout_format=".3f",
@@ -232,7 +232,7 @@ class Explorer(widgets.VBox):
         self.status.value = f"<b>{html.escape(str(message))}</b>"
 
     def _show_nothing(self, error):
-        """Instead of what does not belong to what is chosen."""
+        """A message in place of results that do not belong to the choice."""
         self.solver, self.psnr, self.panels.children, self.plot.value = None, {}, (), b""
         self._say(error)
 
@@ -281,7 +281,7 @@ class Explorer(widgets.VBox):
 
     @torch.no_grad()
     def refresh(self):
-        """Solves with what the sliders say, and shows it."""
+        """Solves with the sliders' values, and shows the answer."""
         if self.solver is None:
             return
         index = self.image.value - 1

@@ -1,7 +1,7 @@
 """The explorer of λ and μ for the book's page: a precomputed grid of reconstructions, and the solver itself
 as ONNX.
 
-What is shown and computed in the browser is in explorer.js, which a notebook can load too, through anywidget
+explorer.js shows and computes everything in the browser; a notebook can load it, too, through anywidget
 (`GridExplorer`)."""
 
 import base64
@@ -79,8 +79,8 @@ def grid(solver, operator, x, seed=0):
 
 def shown(experiment):
     """(images, labels, names of the experiment, {task: (method, solver, record, steps)}): the two real faces
-    with the flow solvers that are kept with the code, or, where none is, this build's own with its first test
-    images; weights rounded to steps, as the page has them."""
+    with the flow solvers that are kept with the code, or, if none is, this build's own with its first test
+    images; weights rounded to steps, as on the page."""
     found, names = {}, experiment.names
     for task in SHOWN:
         of_task = gallery.kept_records(task)
@@ -109,7 +109,7 @@ def _rounded(found, images):
 
 
 def about(record):
-    """What runs for a task, in a line: method, training, PSNR on test images."""
+    """The solver of a task in a line: method, training, PSNR on test images."""
     data, training = record["data"], record["training"]
     name = {"celeba": "CelebA", "synthetic": "drawn faces"}.get(data["name"], data["name"])
     return (
@@ -121,7 +121,7 @@ def about(record):
     )
 
 
-# What is worth trying: what to say, the tasks, and where the sliders go.
+# Tips: the text, the tasks, and the slider positions.
 TIPS = (
     ("**Too small a step**, μ × 0: no measurement enters; this is the prior's own.", {"scale": 0}),
     ("**Too large a step**, μ × 2: folds correct by twice what they were trained to.", {"scale": 2}),
@@ -136,7 +136,7 @@ TIPS = (
 
 @torch.no_grad()
 def tips(images, labels, solvers):
-    """Markdown: what is worth trying on the page, and what it does to the PSNR of the first image there."""
+    """Markdown: tips for the page, with their effect on the PSNR of its first image."""
     x, lines = images[:1], []
     for text, move in TIPS:
         changes, found = {k: v for k, v in move.items() if k not in ("scale", "shift")}, []
@@ -160,7 +160,7 @@ def tips(images, labels, solvers):
 
 @torch.no_grad()
 def beside_the_front_page(images, solvers):
-    """Markdown: why the first face's PSNR is another on the front page, whose solvers are not rounded."""
+    """Markdown: why the first face's PSNR differs on the front page, whose solvers are not rounded."""
     found = []
     for task, (_, solver, record, _) in solvers.items():
         y, operator = measured(task, images[:1], 0)
@@ -249,7 +249,7 @@ def tiles(folder, task):
 
 
 def _finite(values):
-    """A tensor as nested lists, with None for what JSON has no number for."""
+    """A tensor as nested lists, with None for values that JSON lacks."""
     if values.ndim:
         return [_finite(value) for value in values]
     return round(float(values), 3) if torch.isfinite(values) else None

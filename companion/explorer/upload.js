@@ -1,5 +1,5 @@
 // A button for one image file. Photos of today are larger than the messages that Jupyter accepts, so a small copy, whose short
-// side has at most SIDE pixels, is sent as PNG; what this browser cannot read goes as it is, if it is small.
+// side has at most SIDE pixels, is sent as PNG; a file that this browser cannot read is sent unchanged, if it is small.
 
 const SIDE = 1024, LARGEST = 8 * 2 ** 20;
 

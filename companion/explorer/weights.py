@@ -1,5 +1,5 @@
 """A solver small enough to travel to a page: its convolutions are whole numbers of steps, as coarse as its
-answers bear, each fold is counted from the one before, and the whole is compressed."""
+answers allow, each fold is stored as the difference from the one before, and all is compressed."""
 
 import copy
 import gzip
@@ -12,7 +12,7 @@ import torch
 
 from flowlib.fused import fuse_nets
 
-SHARE = 1 / 250  # of the squared error of an answer: what rounding may add to it
+SHARE = 1 / 250  # the share of an answer's squared error that rounding may add
 LARGEST = 2**18  # code; differences of two fit 24 bits
 
 
@@ -64,8 +64,8 @@ def rounded(solver, operator, y, error):
 
 
 def pack(path: Path, steps: list[float]) -> bytes:
-    """What `export_onnx` wrote of a rounded solver, small: the file without its large weights, and these as
-    codes. The two affine maps of a level come before its convolutions there; they get the finest steps."""
+    """The small form of a rounded solver's ONNX file: the file without its large weights, and these as codes.
+    A level's two affine maps come before its convolutions in the file; they get the finest steps."""
     whole = path.read_bytes()
     large = [i for i in onnx.load_from_string(whole).graph.initializer if len(i.dims) == 6]
     maps = [None, None]
@@ -76,7 +76,7 @@ def pack(path: Path, steps: list[float]) -> bytes:
         step = float(np.float32(step or np.abs(values).max() / LARGEST))
         whole_steps = np.rint(values.reshape(tensor.dims[0], -1) / step).astype(np.int32)
         differences = np.diff(whole_steps, axis=0, prepend=0).ravel()
-        # Zigzag: what is small, of either sign, has empty upper bytes.
+        # Zigzag: small values of either sign have empty upper bytes.
         codes.append(((differences << 1) ^ (differences >> 31)).astype("<u4"))
         start = whole.index(tensor.raw_data, end)
         tensors.append({"start": start, "count": values.size, "folds": len(values), "step": step})
