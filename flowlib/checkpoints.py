@@ -166,9 +166,9 @@ def _build(fold, imports):
 
 def load_checkpoint(path: str | Path, imports: Collection[str] = ()) -> Glow | UnfoldedPGD:
     """The Glow or UnfoldedPGD that save_checkpoint wrote, in evaluation mode, float32 or float64 as saved.
-    imports: modules to import for a prox class of your own, unless imported already. Raises
-    FileNotFoundError; ValueError for a missing class and for a foreign, truncated or inconsistent
-    file, naming the first key that does not fit."""
+    imports: modules that may be imported for your own prox class, if they are not yet. Raises
+    FileNotFoundError; ValueError for a missing class and for a foreign, truncated or inconsistent file,
+    naming the first key that does not fit."""
     tensors, header = load_tensors(path)
     if header.get("kind") not in ("Glow", "UnfoldedPGD"):
         kind = header.get("kind", "a training state")

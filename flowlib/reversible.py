@@ -122,8 +122,8 @@ def _back_through_coupling(step, fused, inverse, output, grad, grad_log_det, gra
 
 
 def _add_gradients(gradients, module, outputs, grads, x=None):
-    """Adds the module's trained parameters' gradients to `gradients`; returns x's. Outputs without a graph
-    depend only on frozen parameters."""
+    """Adds the gradients of the module's trained parameters to `gradients`; returns that of x. Outputs
+    without a graph depend only on frozen parameters."""
     inputs = [p for p in module.parameters() if p.requires_grad] + ([] if x is None else [x])
     wanted = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]
     if not wanted:
