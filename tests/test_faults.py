@@ -9,9 +9,10 @@ from benchmarks import faults
 from tests.conftest import ROOT
 
 
+@pytest.mark.parametrize("count", [50, pytest.param(500, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", faults.FILES)
-def test_flipped_bits(tmp_path, kind):
-    count = faults.flips(kind, 500)
+def test_flipped_bits(tmp_path, kind, count):
+    count = faults.flips(kind, count)
     found = faults.flip_bits(kind, tmp_path, count)
     assert sum(found.values()) == count and set(found) <= {faults.NAMED, faults.SAME}
     assert found[faults.NAMED] > 0.8 * count

@@ -89,7 +89,7 @@ save_checkpoint(sys.argv[4], model, steps=summary["steps"])
 @pytest.mark.parametrize("method,optimizer", [("glow", "muon"), ("unet", "adam")])
 def test_a_killed_run_resumes_to_the_same_weights(smoke, tmp_path, method, optimizer):
     """One run is killed with SIGKILL after some steps and started again; another is left alone."""
-    steps = 12
+    steps = 8
     changes = dict(num_steps=steps, checkpoint_minutes=0, optimizer=optimizer)
     run = changed(smoke.solver("inpainting", method), **changes)
     command = [sys.executable, "-c", RUN, str(smoke.build), method, json.dumps(changes)]

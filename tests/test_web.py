@@ -107,12 +107,13 @@ def seen(browser, site, names, axe):
             found["cut", width][name] = page.evaluate(CUT)
             found["too wide", width][name] = page.evaluate("document.documentElement.scrollWidth") > width
             found["stretched", width][name] = page.evaluate(STRETCHED)
-        if axe:
+        if axe and not name.endswith(("-denoising.html", "-deblurring.html")):  # like those of inpainting
             page.evaluate(axe)
             page.set_viewport_size({"width": 1280, "height": 900})
             found["serious", "light"][name] = page.evaluate(SERIOUS, {})
             page.emulate_media(color_scheme="dark")
-            assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+            page.wait_for_function("document.documentElement.dataset.theme == 'dark'")
+            page.wait_for_timeout(500)  # colours fade
             found["serious", "dark"][name] = page.evaluate(SERIOUS, {"runOnly": ["color-contrast"]})
         context.close()
     return found
