@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from companion import finetune, gallery
 from companion.files import write_text
-from companion.map import beside_flow
+from companion.map import beside_flow, plugged_in_fairly
 from companion.records import recorded
 from companion.results import CLAIMS, Comparison, Results, Verdict, load, paper_table, rows
 from companion.settings import METHODS, TASKS
@@ -161,8 +161,11 @@ def _reached(results, solvers):
     return [(values[0][0], values[0][1] + "*" * (flow == "glow-noisy")), *values[1:]]
 
 
-def front(results: Results, pictures: Sequence[str] = (), estimates: dict | None = None) -> str:
-    """What the front page includes, as Markdown. estimates: see companion.map.beside_flow."""
+def front(
+    results: Results, pictures: Sequence[str] = (), estimates: dict | None = None, fair: dict | None = None
+) -> str:
+    """What the front page includes, as Markdown. estimates, fair: beside_flow and plugged_in_fairly of
+    companion.map."""
     if not len(results.runs):
         return page("front", run=False)
     paper = paper_table("I", "v2")
@@ -174,6 +177,7 @@ def front(results: Results, pictures: Sequence[str] = (), estimates: dict | None
         tasks=MAIN_TASKS,
         lead=lead(results),
         estimates=estimates or {},
+        fair=fair or {},
         paragraphs=paragraphs(results),
         rivals=SENTENCES,
         board={s: {task: decided(results, s, task) for task in MAIN_TASKS} for s in SENTENCES},
@@ -191,4 +195,6 @@ def write_front(tables):
             (tables / f"{name}.png").unlink(missing_ok=True)
         for name, picture in pictures.items():
             write_atomically(tables / f"{name}.png", functools.partial(picture.savefig, format="png"))
-    write_text(tables / "front.md", front(results, pictures, beside_flow(recorded())))
+    records = recorded()
+    text = front(results, pictures, beside_flow(records), plugged_in_fairly(records))
+    write_text(tables / "front.md", text)

@@ -165,6 +165,21 @@ def plugged_in_rows(records: list[dict]) -> list[dict]:
     return found
 
 
+def plugged_in_fairly(records: list[dict]) -> dict[str, dict]:
+    """{task: mean PSNR of the flow that is plugged in with λ and μ chosen ("chosen"), of data steps alone
+    ("no_flow"), as the paper has it ("frozen") and of the trained flow ("trained", its "gain"); of recorded
+    ones."""
+    found = {}
+    for task, record in recorded("plugged_in", "plugged_in").items():
+        compared = solvers(record, records)
+        if {"glow", "glow-frozen"} <= set(compared):
+            parts = dict(chosen=record["plugged_in"], no_flow=record["without_flow"])
+            parts |= dict(frozen=compared["glow-frozen"], trained=compared["glow"])
+            found[task] = {name: part["psnr"]["mean"] for name, part in parts.items()}
+            found[task]["gain"] = found[task]["trained"] - found[task]["chosen"]
+    return found
+
+
 def beside_flow(records: list[dict]) -> dict[str, dict]:
     """{task: the trained flow solver against the estimate}: difference in dB, half_width, images,
     how many times as fast it is, and the estimate's mean PSNR."""
