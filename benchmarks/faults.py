@@ -1,9 +1,10 @@
 """The outcomes of flipped bits, hostile files and killed runs: the tests check the same, the book shows the
 counts.
 
-Run: python -m benchmarks.faults"""
+Run: python -m benchmarks.faults, as root for the full disk. It goes on where it was stopped."""
 
 import argparse
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -452,46 +453,79 @@ def small_disk(folder, megabytes=400):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+# The counts.
+
+
+def _counted(found):
+    words = ", ".join(f"{outcome} ({count})" for outcome, count in sorted(found.items()))
+    return sum(found.values()), words
+
+
+def _flipped(folder, kind, count):
+    return _counted(flip_bits(kind, folder, count))
+
+
+def _hostile(folder, names):
+    return _counted(Counter(hostile(name, folder) for name in names))
+
+
+def _killed_unpacking(folder, count):
+    return _counted(kill_unpacking(folder, count))
+
+
+def _killed_runs(folder, count):
+    found = kill_runs(folder, count, "glow")
+    kills = found.pop("killed")
+    ended = ", ".join(f"{outcome} ({count} runs)" for outcome, count in found.items())
+    return kills, f"the next start went on; of runs that ended so: {ended}"
+
+
+def _killed_builds(folder, count):
+    told = disturb_build(folder / "book", kill, count)
+    end = told.pop("at the end")
+    return sum(map(len, told.values())), f"after the last start: {end}"
+
+
+def _full_disk(folder):
+    with small_disk(folder) as build:
+        told = disturb_build(build, fill)
+    end, texts = told.pop("at the end"), [text for texts in told.values() for text in texts]
+    said = sum("free some space" in text for text in texts)
+    return len(texts), f"said so ({said}); after the last start: {end}"
+
+
+COLUMNS = ("Tried", "Times", "What came of it")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--flips", type=int, default=500)
     parser.add_argument("--kills", type=int, default=30)
-    args, rows = parser.parse_args(), []
+    args = parser.parse_args()
+    path = RESULTS / "benchmarks" / "faults.json"
+    about = {"arguments": vars(args), "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:10]}
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = old["rows"] if about.items() <= old.items() else []
 
-    def tried(what, found):
-        words = ", ".join(f"{outcome} ({count})" for outcome, count in sorted(found.items()))
-        rows.append({"Tried": what, "Times": sum(found.values()), "What came of it": words})
-        print(rows[-1], flush=True)
+    def tried(what, attempt, *how):
+        """Writes a row with what attempt(folder, *how) gives; a row that is there is not made again."""
+        if any(row["Tried"] == what for row in rows):
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            times, words = attempt(Path(folder), *how)
+        rows.append(dict(zip(COLUMNS, (what, times, words))) | provenance())
+        print(what, times, words, flush=True)
+        write_json(path, about | {"rows": rows})
+        write_csv(path.with_suffix(".csv"), [{name: row[name] for name in COLUMNS} for row in rows])
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folders = (Path(temporary) / str(i) for i in itertools.count())
-
-        def folder():
-            (made := next(folders)).mkdir()
-            return made
-
-        for kind in FILES:
-            tried(f"one bit flipped: {kind}", flip_bits(kind, folder(), flips(kind, args.flips)))
-        for kind, names in itertools.groupby(HOSTILE, lambda name: name.partition(":")[0]):
-            tried(f"hostile file: {kind}", Counter(hostile(name, folder()) for name in names))
-        found = kill_runs(folder(), args.kills, "glow")
-        kills = found.pop("killed")
-        tried("unpacking of a kept model killed", kill_unpacking(folder(), args.kills))
-        killed = disturb_build(folder() / "book", kill, 2)
-        with small_disk(folder()) as place:
-            full = disturb_build(place, fill)
-    for what, told in (("killed", killed), ("on a full disk", full)):
-        end, times = told.pop("at the end"), sum(map(len, told.values()))
-        said = sum("free some space" in text for texts in told.values() for text in texts)
-        words = f"said so ({said}); " * (what != "killed") + f"after the last start: {end}"
-        rows.append(
-            {"Tried": f"build {what} while {', '.join(told)}", "Times": times, "What came of it": words}
-        )
-    ended = ", ".join(f"{outcome} ({count} runs)" for outcome, count in found.items())
-    words = f"the next start went on; of runs that ended so: {ended}"
-    rows.append({"Tried": "training or evaluation killed", "Times": kills, "What came of it": words})
-    write_json(RESULTS / "benchmarks" / "faults.json", {"rows": rows, "arguments": vars(args)} | provenance())
-    write_csv(RESULTS / "benchmarks" / "faults.csv", rows)
+    for kind in FILES:
+        tried(f"one bit flipped: {kind}", _flipped, kind, flips(kind, args.flips))
+    for kind, names in itertools.groupby(HOSTILE, lambda name: name.partition(":")[0]):
+        tried(f"hostile file: {kind}", _hostile, list(names))
+    tried("unpacking of a kept model killed", _killed_unpacking, args.kills)
+    tried("training or evaluation killed", _killed_runs, args.kills)
+    tried(f"build killed while {', '.join(STAGES)}", _killed_builds, 2)
+    tried(f"build on a full disk while {', '.join(STAGES)}", _full_disk)
 
 
 if __name__ == "__main__":
