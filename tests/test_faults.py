@@ -64,3 +64,28 @@ def test_a_disk_full_in_every_stage(tmp_path):
     assert found.pop("at the end") == "a whole book"
     for stage, (told,) in found.items():
         assert "No space left on device" in told and "free some space" in told.splitlines()[-1], stage
+
+
+def test_counts_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    called, disk = [], ["no right to mount"]
+    names = ("_flipped", "_hostile", "_killed_unpacking", "_killed_runs", "_killed_builds", "_full_disk")
+    for name in names:
+
+        def attempt(folder, *how, name=name):
+            called.append((name, *map(str, how)))
+            if name == "_full_disk" and disk:
+                raise PermissionError(disk.pop())
+            return 3, "as hoped (3)"
+
+        monkeypatch.setattr(faults, name, attempt)
+    monkeypatch.setattr(faults, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["faults"])
+    with pytest.raises(PermissionError):
+        faults.main()
+    faults.main()
+    assert len(set(called)) == len(called) - 1 and called[-1] == called[-2] == ("_full_disk",)
+    rows = (tmp_path / "benchmarks/faults.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == len(called) and rows[0] == "Tried,Times,What came of it"
+    monkeypatch.setattr("sys.argv", ["faults", "--kills", "2"])  # other counts are made anew
+    faults.main()
+    assert ("_killed_runs", "2") in called
