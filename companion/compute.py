@@ -79,9 +79,9 @@ def inference_rows() -> tuple[list[dict], str]:
                 "Folds": row["num_folds"],
                 "Parameters": row["num_parameters"],
             }
-            | {f"ms an image, {n} at once": ms for n, ms in zip(record["batches"], milliseconds)}
+            | {f"ms an image, {n} at once": f"{ms:,.0f}" for n, ms in zip(record["batches"], milliseconds)}
         )
-    return found, record["hardware"]
+    return found, record["hardware"].partition(",")[0]
 
 
 def slopes(results: Results, edition: str, task: str) -> list[dict]:

@@ -64,6 +64,11 @@ CUT = """() => [...document.querySelectorAll("article table.table")].flatMap((ta
   const seen = innerWidth > 1000 ? table : ours;
   return seen && seen.getBoundingClientRect().right > right ? [table.caption?.textContent.trim()] : [];
 })"""
+CODE = """() => {
+  document.querySelectorAll("article details").forEach((hidden) => (hidden.open = true));
+  return [...document.querySelectorAll("article .cell_input pre")]
+    .filter((code) => code.scrollWidth > code.clientWidth + 1).map((code) => code.textContent.slice(0, 200));
+}"""
 STRETCHED = """async () => {
   const images = [...document.querySelectorAll("article img")];
   images.forEach((image) => (image.loading = "eager"));
@@ -102,6 +107,7 @@ def seen(browser, site, names, axe):
         page.wait_for_selector("main h1")
         page.wait_for_load_state("networkidle", timeout=90_000)
         found["bytes"][name] = sum(sizes)
+        found["code"][name] = page.evaluate(CODE)
         for width in (1280, 390):
             page.set_viewport_size({"width": width, "height": 900})
             found["cut", width][name] = page.evaluate(CUT)
@@ -136,6 +142,11 @@ def test_no_page_is_heavy(seen):
 def test_tables_are_not_cut(seen, width):
     """All columns on a laptop; on a telephone those up to ours."""
     assert nonempty(seen["cut", width]) == nonempty(seen["too wide", width]) == {}
+
+
+@with_browser
+def test_code_is_not_cut(seen):
+    assert nonempty(seen["code"]) == {}
 
 
 @with_browser
