@@ -15,7 +15,7 @@ def test_flipped_bits(tmp_path, kind, count):
     count = faults.flips(kind, count)
     found = faults.flip_bits(kind, tmp_path, count)
     assert sum(found.values()) == count and set(found) <= {faults.NAMED, faults.SAME}
-    assert found[faults.NAMED] > 0.8 * count
+    assert found[faults.NAMED] > 0.5 * count  # a foreign file has no checksum of all its bytes
 
 
 @pytest.mark.parametrize("name", faults.HOSTILE)

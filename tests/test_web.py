@@ -94,9 +94,15 @@ def axe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(browser, site, names, axe):
-    """{what is measured: {page: found}}: each page is opened once, on a laptop, then shown as on a telephone,
-    then in the dark."""
+    """{what is measured: {page: found}}: each page is opened once, on a laptop, then shown in the dark, then
+    as on a telephone."""
     found = defaultdict(dict)
+
+    def look(page, name, width):
+        found["cut", width][name] = page.evaluate(CUT)
+        found["too wide", width][name] = page.evaluate("document.documentElement.scrollWidth") > width
+        found["stretched", width][name] = page.evaluate(STRETCHED)
+
     for name in set(names) - {"index.html"}:  # which only forwards
         context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
         page = context.new_page()
@@ -107,20 +113,17 @@ def seen(browser, site, names, axe):
         page.wait_for_selector("main h1")
         page.wait_for_load_state("networkidle", timeout=90_000)
         found["bytes"][name] = sum(sizes)
-        found["code"][name] = page.evaluate(CODE)
-        for width in (1280, 390):
-            page.set_viewport_size({"width": width, "height": 900})
-            found["cut", width][name] = page.evaluate(CUT)
-            found["too wide", width][name] = page.evaluate("document.documentElement.scrollWidth") > width
-            found["stretched", width][name] = page.evaluate(STRETCHED)
+        look(page, name, 1280)
         if axe and not name.endswith(("-denoising.html", "-deblurring.html")):  # like those of inpainting
             page.evaluate(axe)
-            page.set_viewport_size({"width": 1280, "height": 900})
             found["serious", "light"][name] = page.evaluate(SERIOUS, {})
             page.emulate_media(color_scheme="dark")
             page.wait_for_function("document.documentElement.dataset.theme == 'dark'")
             page.wait_for_timeout(500)  # colours fade
             found["serious", "dark"][name] = page.evaluate(SERIOUS, {"runOnly": ["color-contrast"]})
+        found["code"][name] = page.evaluate(CODE)
+        page.set_viewport_size({"width": 390, "height": 900})
+        look(page, name, 390)
         context.close()
     return found
 
