@@ -143,15 +143,16 @@ def trial_rows(trials: dict[str, dict], labels: dict[str, str]) -> list[dict]:
 
 def beside_recorded(results: Results, trials: dict[str, dict], task: str) -> list[dict]:
     """Rows: the best trial of a flow solver, and the recorded solvers, by the same validation error."""
-    ended = [t for t in trials.values() if t["trial"]["task"] == task and not t["diverged"]]
+    of_flows = [t for t in trials.values() if (t["trial"]["task"], t["trial"]["network"]) == (task, "glow")]
+    ended = [t for t in of_flows if not t["diverged"]]
     compared = [r for r in rows(results.compared("v2", task)) if r.kind == "solver" and r.method in COMPARED]
     names = ("Solver", "Folds", "Optimizer", "Validation, dB", "Minutes", "Processor", "Record")
     found = []
     if ended:
         best = max(ended, key=lambda t: t["curve"][-1][1])
         about, (spent, reached) = best["trial"], best["curve"][-1]
-        found.append(["the best trial", about["num_folds"], about["optimizer"].capitalize(), reached, spent])
-        found[0] += [best["trained"]["hardware"], benchmark(f"recipe/{best['name']}")]
+        found.append(["GLOW, the best trial", about["num_folds"], about["optimizer"].capitalize()])
+        found[0] += [reached, spent, best["trained"]["hardware"], benchmark(f"recipe/{best['name']}")]
     for r in compared:
         reached = -10 * math.log10(r.best_val_loss)
         about = [METHODS[r.method].short, EDITIONS["v2"].num_folds, "Adam", reached, r.minutes]
