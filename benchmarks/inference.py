@@ -7,14 +7,13 @@ the time; the operator is a hole."""
 import torch
 from torch.utils.benchmark import Timer
 
+from companion.experiment import Experiment
 from companion.files import write_json
 from companion.paths import RESULTS
 from companion.provenance import provenance
-from companion.settings import METHODS, PROFILES
-from flowlib import Glow, GlowProx, Inpainting, UnfoldedPGD
+from flowlib import Inpainting, UnfoldedPGD
 from flowlib.prox import PROXES
 
-FOLDS = 4  # of the final edition
 BATCHES = (1, 16)
 
 
@@ -26,11 +25,9 @@ def seconds_an_image(solver: UnfoldedPGD, batch: int, min_run_time: float) -> fl
     return timer.blocked_autorange(min_run_time=min_run_time).median / batch
 
 
-def build(profile: str, network: str, num_folds: int) -> UnfoldedPGD:
-    if network == "glow":
-        proxes = [GlowProx(Glow(**PROFILES[profile].flow)) for _ in range(num_folds)]
-    else:
-        proxes = [PROXES[network](**getattr(PROFILES[profile], network)) for _ in range(num_folds)]
+def build(profile: str, method: str) -> UnfoldedPGD:
+    run = Experiment(profile).solver("inpainting", method)
+    proxes = [PROXES[run.network].from_config(run.config) for _ in range(run.num_folds)]
     return UnfoldedPGD(proxes, torch.zeros(1, 3, 64, 64)).eval()
 
 
@@ -40,11 +37,12 @@ def measure(min_run_time: float = 3.0) -> dict:
     rows = []
     for profile in ("cpu", "paper"):
         for method in ("resnet", "unet", "glow", "resnet-1", "unet-1", "glow-1"):
-            num_folds = METHODS[method].num_folds or FOLDS
-            solver = build(profile, METHODS[method].network, num_folds)
+            solver = build(profile, method)
             seconds = [seconds_an_image(solver, batch, min_run_time) for batch in BATCHES]
             parameters = sum(p.numel() for p in solver.parameters())
-            about = dict(profile=profile, method=method, num_folds=num_folds, num_parameters=parameters)
+            about = dict(
+                profile=profile, method=method, num_folds=solver.num_folds, num_parameters=parameters
+            )
             rows.append(about | {"seconds": seconds})
             print(rows[-1], flush=True)
     return {"batches": BATCHES, "rows": rows} | provenance()

@@ -30,12 +30,11 @@ def trained(here: list[dict]) -> dict[str, dict]:
 
 
 def check_psnr(record: dict, statistics: dict, found: torch.Tensor) -> None:
-    """AssertionError unless the PSNRs found on the first images equal those of the record, to 0.01 dB each,
-    or to 0.1 dB in the mean for a model that is kept with the code in few bits."""
-    expected, atol = torch.tensor(statistics["values"][: len(found)]), 0.01
-    if record.get("kept"):
-        found, expected, atol = found.mean(), expected.mean(), 0.1
-    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+    """AssertionError unless the PSNRs found on the first images equal those of the record, to 0.01 dB each. A
+    model that is kept with the code in few bits: to 0.1 dB in the mean, and 0.3 dB each."""
+    expected, kept = torch.tensor(statistics["values"][: len(found)]), record.get("kept")
+    torch.testing.assert_close(found, expected, atol=0.3 if kept else 0.01, rtol=0)
+    torch.testing.assert_close(found.mean(), expected.mean(), atol=0.1 if kept else 0.01, rtol=0)
 
 
 def checked(experiment: Experiment, task: str, runs: dict[str, Run], of: dict[str, dict]):

@@ -1,7 +1,10 @@
 """The book's tables: their rows, from results, and how they are shown. A row is a dict; its numbers become
 text when it is shown or written."""
 
+import base64
+import csv
 import html
+import io
 import json
 import numbers
 import shutil
@@ -76,6 +79,17 @@ def as_text(table: list[dict], links: bool = False) -> list[dict]:
         return anchor(value) if links and isinstance(value, Link) else text(value, column)
 
     return [{column: cell(value, column) for column, value in row.items()} for row in table]
+
+
+def csv_link(table: list[dict], name: str) -> str:
+    """HTML: a link by which the reader saves these rows as the file `name`."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, table[0])
+    writer.writeheader()
+    writer.writerows(as_text(table))
+    encoded = base64.b64encode(file.getvalue().encode()).decode()
+    address = f"data:text/csv;charset=utf-8;base64,{encoded}"
+    return f'<p><a download="{name}" href="{address}">These rows as a CSV file</a></p>'
 
 
 # The paper's numbers beside ours.

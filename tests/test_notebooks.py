@@ -56,6 +56,8 @@ def test_a_solver_must_give_what_its_record_says():
     check_psnr(kept, statistics, torch.tensor([20.2, 29.9]))  # 0.05 dB in the mean
     with pytest.raises(AssertionError):
         check_psnr(kept, statistics, torch.tensor([20.2, 30.2]))
+    with pytest.raises(AssertionError):
+        check_psnr(kept, statistics, torch.tensor([20.4, 29.6]))  # level in the mean alone
 
 
 def test_the_check_needs_no_torch():
